@@ -1,0 +1,98 @@
+"""Likelihoods p(x given z) of counts: modules that turn a mean and features into a distribution."""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyrosc import distributions
+
+
+class Likelihood(Protocol):
+    """From the mean of the counts (cells x genes), features h and batch codes to p(x given z)."""
+
+    def __call__(
+        self,
+        mean: Float[Tensor, "*draws cells genes"],
+        h: Float[Tensor, "*draws cells hidden"],
+        batch: Int[Tensor, "cells"],
+    ) -> TorchDistribution:
+        """Return the distribution of the counts, batch shape (*draws, cells, genes)."""
+        ...
+
+
+class Poisson(nn.Module):
+    """x ~ Poisson(mean)."""
+
+    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.Poisson:  # noqa: ARG002
+        """Return Poisson(mean)."""
+        return distributions.Poisson(mean)
+
+
+class NegativeBinomial(nn.Module):
+    """x ~ NB(mean, theta), theta a free parameter of each gene, or of each gene and batch.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    n_batches
+        With more than one, each batch has inverse dispersions of its own.
+    """
+
+    def __init__(self, n_genes: int, n_batches: int = 1) -> None:
+        super().__init__()
+        self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_batches, n_genes))
+
+    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+        """Return NegativeBinomial(mean, theta)."""
+        log_theta = self.log_inverse_dispersion
+        theta = log_theta.exp()[batch] if len(log_theta) > 1 else log_theta[0].exp()
+        return distributions.NegativeBinomial(mean, theta)
+
+
+class ZeroInflated(nn.Module):
+    """Wraps another likelihood: with probability pi, read off h, a count is dropped to zero.
+
+    Parameters
+    ----------
+    base
+        Likelihood of the count that was not dropped.
+    n_hidden, n_genes
+        Widths of h and of the counts.
+    """
+
+    def __init__(self, base: Likelihood, n_hidden: int, n_genes: int) -> None:
+        super().__init__()
+        self.base = base
+        self.gate_logits = nn.Linear(n_hidden, n_genes)
+
+    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.ZeroInflated:
+        """Return ZeroInflated(base, gate_logits)."""
+        return distributions.ZeroInflated(self.base(mean, h, batch), self.gate_logits(h))
+
+
+def likelihood(name: str, *, n_genes: int, n_hidden: int, n_batches: int = 1) -> Likelihood:
+    """Return the likelihood of a name.
+
+    Parameters
+    ----------
+    name
+        ``"poisson"``, ``"nb"``, ``"zip"`` or ``"zinb"``.
+    n_genes, n_hidden
+        Widths of the counts and of the decoder's features.
+    n_batches
+        With more than one, inverse dispersions are per gene and batch.
+
+    Raises
+    ------
+    ValueError
+        If there is no likelihood of that name.
+    """
+    if name not in ("poisson", "nb", "zip", "zinb"):
+        msg = f'likelihood must be "poisson", "nb", "zip" or "zinb", not {name!r}'
+        raise ValueError(msg)
+    base = NegativeBinomial(n_genes, n_batches) if name in ("nb", "zinb") else Poisson()
+    return ZeroInflated(base, n_hidden, n_genes) if name in ("zip", "zinb") else base

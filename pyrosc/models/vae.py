@@ -1,0 +1,164 @@
+"""VAE: the variational autoencoder of single-cell counts (scVI, scVAE)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from anndata import AnnData
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+
+from pyrosc.counts import Cells, Counts, as_counts
+from pyrosc.library import library_of
+from pyrosc.likelihoods import Likelihood
+from pyrosc.likelihoods import likelihood as likelihood_of
+from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.priors import StandardNormal
+from pyrosc.random import seeded
+
+
+class VAE(nn.Module):
+    r"""Variational autoencoder of counts: scVI (Lopez 2018), scVAE (Gronbech 2020).
+
+    For cell n, in batch s, and gene g::
+
+        z_n   ~ Normal(0, I)                                the cell's state
+        l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
+        rho_n = softmax(W f(z_n, s) + U s + b)              shares of the genes, rows sum to 1
+        x_ng  ~ NB(l_n rho_ng, theta_g)                     or Poisson, or either zero-inflated
+
+    and the guide reads its moments off the counts::
+
+        z_n | x_n ~ Normal(mu(x_n), sigma(x_n)^2),    l_n | x_n ~ LogNormal(log sum_g x_ng + a(x_n), b(x_n)^2)
+
+    f is a multilayer perceptron, theta_g a parameter of the gene (or of gene and batch), the zero inflation's
+    gate logits are linear in f. s stands for batch, categorical and continuous covariates.
+
+    Departures from scVI: the library is observed by default, and the guide of a latent one corrects the
+    observed total; covariates enter the first layer and the last, where each gene has an offset of its own; the
+    last layer's bias starts at the genes' mean shares.
+
+    Parameters
+    ----------
+    encoder
+        From cells to the distribution of z, (cells, latent).
+    decoder
+        From z and cells to features h and shares rho.
+    likelihood
+        From l rho, h and batches to the distribution of the counts.
+    library, library_encoder
+        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    prior
+        From cells to the prior of z, (cells, latent).
+
+    References
+    ----------
+    Lopez, Regier, Cole, Jordan and Yosef, Deep generative modeling for single-cell transcriptomics, 2018.
+    Gronbech et al., scVAE: variational auto-encoders for single-cell gene expression data, 2020.
+    """
+
+    elbo = TraceMeanField_ELBO
+    recipe: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        library: nn.Module,
+        library_encoder: nn.Module,
+        prior: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.library = library
+        self.library_encoder = library_encoder
+        self.prior = prior
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        likelihood: str = "nb",
+        library: str = "observed",
+        dispersion: str = "gene",
+        n_latent: int = 30,
+        hidden: Sequence[int] = (128,),
+        norm: str | None = "batch",
+        dropout: float = 0.1,
+        encode_covariates: bool = False,
+        seed: int = 0,
+    ) -> "VAE":
+        """Build a VAE for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X: sizes, mean shares, and moments of libraries and covariates
+            are read off it.
+        likelihood
+            ``"nb"``, ``"poisson"``, ``"zip"`` or ``"zinb"``.
+        library
+            ``"observed"``: l is the cell's total. ``"latent"``: l is inferred; its prior has the mean and
+            sd of the log totals of each batch.
+        dispersion
+            ``"gene"``: theta of each gene; ``"gene-batch"``: of each gene and batch.
+        n_latent
+            Width of z.
+        hidden
+            Widths of the encoder's hidden layers; the decoder has them in reverse.
+        norm
+            ``"batch"``, ``"layer"`` or None: normalisation in the hidden layers.
+        dropout
+            Probability that a hidden unit, and an input count of the encoder, is dropped in training.
+        encode_covariates
+            Whether the encoder sees the covariates too; the decoder always does.
+        seed
+            Of the initial weights.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        data = as_counts(data)
+        seen = Covariates.for_data(data)
+        encoded = seen if encode_covariates else Covariates()
+        n_batches = {"gene": 1, "gene-batch": len(data.schema.batches)}
+        if dispersion not in n_batches:
+            msg = f'dispersion must be "gene" or "gene-batch", not {dispersion!r}'
+            raise ValueError(msg)
+        with seeded(torch.device("cpu"), seed):
+            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
+            decoder.start_at(torch.as_tensor(data.share))
+            vae = cls(
+                Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
+                decoder,
+                likelihood_of(
+                    likelihood, n_genes=data.n_genes, n_hidden=decoder.n_out, n_batches=n_batches[dispersion]
+                ),
+                *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
+                StandardNormal(n_latent),
+            )
+        vae.recipe = recipe
+        return vae
+
+    def model(self, cells: Cells) -> None:
+        """Sample z, l and the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells).to_event(1))
+            l = pyro.sample("l", self.library(cells).to_event(1))
+            h, rho = self.decoder(z, cells)
+            rho = pyro.deterministic("rho", rho, event_dim=1)
+            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z and l given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", self.encoder(cells).to_event(1))
+            pyro.sample("l", self.library_encoder(cells).to_event(1))

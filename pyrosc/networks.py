@@ -1,0 +1,213 @@
+"""Neural networks, and heads that return distributions. They know tensors, not AnnData and not training."""
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, one_hot
+
+from pyrosc.counts import Cells, Counts
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, so that draws may stand before cells.
+
+    Parameters
+    ----------
+    width
+        Number of features.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, h: Float[Tensor, "*draws cells width"]) -> Float[Tensor, "*draws cells width"]:
+        """Normalise each feature. A single row, of which no variance can be had, uses the running moments."""
+        flat = h.reshape(-1, h.shape[-1])
+        if len(flat) == 1:
+            n = self.norm
+            return batch_norm(flat, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps).view(h.shape)
+        return self.norm(flat).view(h.shape)
+
+
+def normalisation(name: str | None, width: int) -> nn.Module:
+    """Return the normalisation layer called ``"layer"``, ``"batch"`` or None.
+
+    Raises
+    ------
+    ValueError
+        If the name is another one.
+    """
+    if name == "layer":
+        return nn.LayerNorm(width)
+    if name == "batch":
+        return BatchNorm(width)
+    if name is None:
+        return nn.Identity()
+    msg = f'norm must be "layer", "batch" or None, not {name!r}'
+    raise ValueError(msg)
+
+
+class MLP(nn.Sequential):
+    """Layers of linear map, normalisation, ReLU and dropout.
+
+    Parameters
+    ----------
+    n_in
+        Width of the input.
+    hidden
+        Widths of the layers, in order.
+    norm
+        ``"layer"``, ``"batch"`` or None.
+    dropout
+        Probability that a unit is dropped in training.
+    """
+
+    def __init__(
+        self, n_in: int, hidden: Sequence[int], *, norm: str | None = "batch", dropout: float = 0.1
+    ) -> None:
+        layers: list[nn.Module] = []
+        for n_before, width in zip((n_in, *hidden), hidden, strict=False):
+            layers += [nn.Linear(n_before, width), normalisation(norm, width), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] * (dropout > 0)
+        super().__init__(*layers)
+        self.n_out = hidden[-1] if hidden else n_in
+
+
+class Covariates(nn.Module):
+    """Batch, categorical and continuous covariates of cells as one row of numbers each.
+
+    Codes become one-hot rows (a covariate with one category has none); continuous covariates are
+    standardised by the moments of the data that the model was made for.
+
+    Parameters
+    ----------
+    n_batches
+        Number of experimental batches.
+    n_categories
+        Number of categories of each categorical covariate.
+    mean, sd
+        Of each continuous covariate, in its own unit.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(
+        self,
+        n_batches: int = 1,
+        n_categories: Sequence[int] = (),
+        mean: Sequence[float] = (),
+        sd: Sequence[float] = (),
+    ) -> None:
+        super().__init__()
+        self.sizes = (n_batches, *n_categories)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("sd", torch.tensor(sd, dtype=torch.float32))
+        self.n_out = sum(n for n in self.sizes if n > 1) + len(mean)
+
+    @classmethod
+    def for_data(cls, data: Counts) -> "Covariates":
+        """Read sizes and moments off the data."""
+        sd = data.continuous.std(0)
+        return cls(
+            len(data.schema.batches),
+            [len(names) for names in data.schema.categorical.values()],
+            data.continuous.mean(0).tolist(),
+            [s if s > 0 else 1.0 for s in sd.tolist()],
+        )
+
+    def forward(self, cells: Cells) -> Float[Tensor, "cells covariates"]:
+        """Return the rows, (cells, n_out)."""
+        codes = torch.cat([cells.batch[:, None], cells.categorical], 1).unbind(1)
+        rows = [one_hot(c, n).to(cells.x) for c, n in zip(codes, self.sizes, strict=True) if n > 1]
+        rows += [(cells.continuous - self.mean) / self.sd] * (len(self.mean) > 0)
+        return torch.cat(rows, 1) if rows else cells.x.new_empty(len(cells), 0)
+
+
+def beside(
+    h: Float[Tensor, "*draws cells a"], c: Float[Tensor, "cells b"]
+) -> Float[Tensor, "*draws cells c"]:
+    """Put the covariates beside the features, whatever axes of draws stand before."""
+    return torch.cat([h, c.expand(*h.shape[:-1], -1)], -1) if c.shape[-1] else h
+
+
+class Encoder(nn.Module):
+    """q(u given x): a normal distribution whose mean and scale a network reads off log(1 + x) and covariates.
+
+    Parameters
+    ----------
+    n_genes, n_out
+        Widths of the counts and of u.
+    covariates
+        What the network sees beside the counts.
+    hidden, norm, dropout
+        See :class:`MLP`.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_out: int,
+        covariates: Covariates,
+        hidden: Sequence[int],
+        *,
+        norm: str | None = "batch",
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.covariates = covariates
+        self.body = MLP(n_genes + covariates.n_out, hidden, norm=norm, dropout=dropout)
+        self.loc = nn.Linear(self.body.n_out, n_out)
+        self.log_scale = nn.Linear(self.body.n_out, n_out)
+
+    def forward(self, cells: Cells) -> dist.Normal:
+        """Return Normal(loc, scale), each (cells, n_out)."""
+        h = self.body(beside(torch.log1p(cells.x), self.covariates(cells)))
+        return dist.Normal(self.loc(h), torch.exp(0.5 * self.log_scale(h).clamp(-15, 15)) + 1e-4)
+
+
+class Decoder(nn.Module):
+    """From the state z of cells and their covariates to features h and shares rho of the genes.
+
+    Parameters
+    ----------
+    n_latent, n_genes
+        Widths of z and of rho.
+    covariates
+        What the network sees beside z; also an offset of its own for each gene.
+    hidden, norm, dropout
+        See :class:`MLP`.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_genes: int,
+        covariates: Covariates,
+        hidden: Sequence[int],
+        *,
+        norm: str | None = "batch",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.covariates = covariates
+        self.body = MLP(n_latent + covariates.n_out, hidden, norm=norm, dropout=dropout)
+        self.n_out = self.body.n_out + covariates.n_out
+        self.logits = nn.Linear(self.n_out, n_genes)
+
+    def start_at(self, share: Float[Tensor, "genes"]) -> None:
+        """Set the offsets so that rho starts near these shares."""
+        with torch.no_grad():
+            self.logits.bias.copy_(share.log())
+
+    def forward(
+        self, z: Float[Tensor, "*draws cells latent"], cells: Cells
+    ) -> tuple[Float[Tensor, "*draws cells hidden"], Float[Tensor, "*draws cells genes"]]:
+        """Return features h and shares rho; each row of rho sums to one."""
+        c = self.covariates(cells)
+        h = beside(self.body(beside(z, c)), c)
+        return h, torch.softmax(self.logits(h), -1)

@@ -1,0 +1,478 @@
+"""Questions put to a Fit: draws, latent, impute, posterior_predictive, log_likelihood.
+
+Site names are known here, models are not. One primitive, :func:`draws`; the others summarise its stream, and
+nothing of the size draws x cells x genes is ever held for more than a minibatch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anndata
+import numpy as np
+import pyro
+import scipy.sparse as sp
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyrosc.counts import Cells, Counts, as_counts
+from pyrosc.svi import Fit
+
+ELEMENTS = 2**23
+"""Draws x cells x genes that are decoded at a time."""
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """Imputed expression of each cell and gene, and how sure it is.
+
+    Attributes
+    ----------
+    mean, sd, lower, upper : ndarray of shape (cells, genes), float32
+        Posterior mean and standard deviation, and a central interval of probability `interval`.
+    unit : str
+        What the numbers are.
+    interval : float
+    cell_names, gene_names : ndarray of str
+    """
+
+    mean: np.ndarray
+    sd: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    unit: str
+    interval: float
+    cell_names: np.ndarray
+    gene_names: np.ndarray
+
+    def __repr__(self) -> str:
+        cells, genes = self.mean.shape
+        return (
+            f"Imputation of {cells} cells x {genes} genes: {self.unit}; posterior mean and sd, "
+            f"and {self.interval:.0%} interval in lower and upper"
+        )
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Estimates of each cell's log p(x), natural logarithm.
+
+    Attributes
+    ----------
+    nats : ndarray of shape (cells,)
+        Nats per cell; higher is better. A lower bound in expectation, tight as `n_draws` grows.
+    ess : ndarray of shape (cells,)
+        Effective sample size of the importance weights, 1 to `n_draws`: a cell with an ess near 1 is
+        described badly by the guide, and its estimate is too low.
+    n_draws : int
+    """
+
+    nats: np.ndarray
+    ess: np.ndarray
+    n_draws: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over the cells, in nats per cell."""
+        return float(self.nats.mean())
+
+    def __repr__(self) -> str:
+        return (
+            f"LogLikelihood({self.mean:.2f} nats per cell, {len(self.nats)} cells, {self.n_draws} draws, "
+            f"median ess {np.median(self.ess):.1f})"
+        )
+
+
+def draws(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    *sites: str,
+    n_draws: int = 25,
+    batch: str | None = None,
+    parallel: bool = True,
+    seed: int = 0,
+) -> Iterator[dict[str, Float[Tensor, "..."]]]:
+    """Yield draws of sites from the posterior, one minibatch of cells after the other, in the data's order.
+
+    Parameters
+    ----------
+    fit
+        Of :func:`~pyrosc.fit_svi`.
+    data
+        Counts, or an AnnData; genes are matched by name.
+    sites
+        Names of sites of the model or of the guide; deterministic ones too. Of an observed site (``"x"``),
+        draws of new counts.
+    n_draws
+        Number of draws for each cell.
+    batch
+        Name of a batch: what the cells would have been there. The guide sees the true batch, the model this
+        one. By default each cell's own.
+    parallel
+        Run all draws at once, in a plate left of the program's own. A program that can't broadcast needs
+        False: one run a draw.
+    seed
+        Of the draws.
+
+    Yields
+    ------
+    dict of str to Tensor of shape (draws, cells, ...)
+
+    Raises
+    ------
+    ValueError
+        If the batch is unknown, `n_draws` is below 1, or the data does not suit the fit.
+    KeyError
+        If there is no such site.
+    """
+    data = as_counts(data, fit.schema)
+    code = _batch_code(fit, batch)
+    return (
+        {name: values[0] for name, values in drawn.items()}
+        for _, drawn in _stream(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
+    )
+
+
+def latent(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int | None = None,
+    *,
+    site: str = "z",
+    parallel: bool = True,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return the posterior mean of the cells' state, or draws of it.
+
+    Parameters
+    ----------
+    fit, data, parallel, seed
+        See :func:`draws`.
+    n_draws
+        By default the mean: of the guide's distribution, averaged over draws of whatever it depends on.
+    site
+        Name of the latent site.
+
+    Returns
+    -------
+    ndarray of shape (cells, latent), or (draws, cells, latent)
+        float32.
+    """
+    if n_draws is not None:
+        stream = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
+        return np.concatenate([drawn[site].cpu().numpy() for drawn in stream], axis=1)
+    data = as_counts(data, fit.schema)
+    means = []
+    for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, 1))):
+        with fit.asking(_seed(seed, i)):
+            guided, _ = _traces(fit, cells, 16, [], parallel=parallel)
+            means.append(torch.stack([_mean(trace, site) for trace in guided]).mean(0).mean(0))
+    return torch.cat(means).cpu().numpy()
+
+
+def impute(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    what: str = "share",
+    *,
+    library: float | None = None,
+    batch: str | None = None,
+    genes: Sequence[str] | None = None,
+    n_draws: int = 50,
+    interval: float = 0.9,
+    site: str = "rho",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Imputation:
+    """Return the posterior mean, sd and interval of each cell's expression of each gene.
+
+    Parameters
+    ----------
+    fit, data, parallel, seed
+        See :func:`draws`.
+    what
+        ``"share"``: rho, each gene's share of the cell's counts, rows sum to 1. ``"count"``: the mean count
+        at a library size, l rho (of a zero-inflated model: before dropout).
+    library
+        With ``"count"``: the library size, in counts. By default the cell's own, site ``"l"``.
+    batch
+        Name of a batch: expression as if measured there. ``"average"``: the mean over all batches, each draw
+        decoded in each. By default the cell's own.
+    genes
+        Names of the genes to return, in this order; all by default.
+    n_draws
+        Posterior draws of each cell.
+    interval
+        Probability of the interval between `lower` and `upper`.
+    site
+        Name of the site of shares.
+
+    Returns
+    -------
+    Imputation
+
+    Raises
+    ------
+    ValueError
+        If `what` is another one, a gene or batch is unknown, or a number is out of range.
+    """
+    if what not in ("share", "count"):
+        msg = f'what must be "share" or "count", not {what!r}'
+        raise ValueError(msg)
+    if library is not None and (what != "count" or not library > 0):
+        msg = f'library, a number of counts above 0, goes with what="count"; got {library!r} with {what!r}'
+        raise ValueError(msg)
+    if not 0 < interval < 1:
+        msg = f"interval is a probability between 0 and 1, not {interval!r}"
+        raise ValueError(msg)
+    data = as_counts(data, fit.schema)
+    columns = torch.as_tensor(_columns(fit, genes), device=fit.device)
+    codes = range(len(fit.schema.batches)) if batch == "average" else [_batch_code(fit, batch)]
+    own = what == "count" and library is None
+    sites = (site, "l") if own else (site,)
+    tails = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], device=fit.device)
+    blocks = []
+    for _, drawn in _stream(fit, data, sites, n_draws, list(codes), parallel=parallel, seed=seed):
+        rho = drawn[site].mean(0)[..., columns]
+        value = rho * (drawn["l"].mean(0) if own else (library or 1.0))
+        lower, upper = _quantiles(value, tails)
+        blocks.append([v.cpu().numpy() for v in (value.mean(0), value.std(0, correction=0), lower, upper)])
+    units = {
+        "share": "share of the cell's counts",
+        "count": f"counts at library size {library or 'of the cell'}",
+    }
+    mean, sd, low, high = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    names = np.array(fit.schema.genes)[columns.cpu().numpy()]
+    return Imputation(mean, sd, low, high, units[what], interval, data.cell_names, names)
+
+
+def posterior_predictive(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int = 1,
+    *,
+    batch: str | None = None,
+    site: str = "x",
+    parallel: bool = True,
+    seed: int = 0,
+) -> list[sp.csr_matrix]:
+    """Return draws of new counts of the same cells.
+
+    Parameters
+    ----------
+    fit, data, n_draws, batch, parallel, seed
+        See :func:`draws`.
+    site
+        Name of the observed site.
+
+    Returns
+    -------
+    list of csr_matrix of shape (cells, genes)
+        One for each draw, float32; each can become a layer of the AnnData.
+    """
+    parts: list[list[sp.csr_matrix]] = [[] for _ in range(n_draws)]
+    for drawn in draws(fit, data, site, n_draws=n_draws, batch=batch, parallel=parallel, seed=seed):
+        for part, x in zip(parts, drawn[site].cpu().numpy(), strict=True):
+            part.append(sp.csr_matrix(x))
+    return [sp.vstack(part, format="csr") for part in parts]
+
+
+def log_likelihood(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int = 25,
+    *,
+    parallel: bool = True,
+    seed: int = 0,
+) -> LogLikelihood:
+    """Estimate each cell's log p(x) by importance sampling from the guide (Burda 2016, eq. 8).
+
+    The weight of a draw is p(x, z, l) / q(z, l given x); the estimate is the log of the mean weight.
+    Latent sites outside the plate of cells are averaged over, not scored.
+
+    Parameters
+    ----------
+    fit, data, parallel, seed
+        See :func:`draws`.
+    n_draws
+        Draws of each cell. Compare only estimates with as many.
+
+    Returns
+    -------
+    LogLikelihood
+        For each cell: nats and effective sample size.
+
+    References
+    ----------
+    Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016.
+    """
+    data = as_counts(data, fit.schema)
+    _check_draws(n_draws)
+    nats, ess = [], []
+    for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws))):
+        with fit.asking(_seed(seed, i)):
+            guided, modelled = _traces(fit, cells, n_draws, [None], parallel=parallel)
+            log_w = torch.cat(
+                [
+                    _log_density(p[0], cells) - _log_density(q, cells)
+                    for p, q in zip(modelled, guided, strict=True)
+                ]
+            )
+            nats.append(log_w.logsumexp(0) - np.log(n_draws))
+            ess.append((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
+    return LogLikelihood(torch.cat(nats).cpu().numpy(), torch.cat(ess).cpu().numpy(), n_draws)
+
+
+def _stream(
+    fit: Fit,
+    data: Counts,
+    sites: Sequence[str],
+    n_draws: int,
+    codes: Sequence[int | None],
+    *,
+    parallel: bool,
+    seed: int,
+) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
+    """Yield each minibatch and its draws, (batches, draws, cells, ...): the same latent draws in each batch."""
+    _check_draws(n_draws)
+    for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
+        with fit.asking(_seed(seed, i)):
+            guided, modelled = _traces(fit, cells, n_draws, codes, parallel=parallel)
+            drawn = {
+                name: torch.stack(
+                    [
+                        torch.cat(
+                            [_value(traces[b], q, name) for traces, q in zip(modelled, guided, strict=True)]
+                        )
+                        for b in range(len(codes))
+                    ]
+                )
+                for name in sites
+            }
+        # The consumer runs outside of the fit's context: two fits may be asked in turns.
+        yield cells, drawn
+
+
+def _traces(
+    fit: Fit, cells: Cells, n_draws: int, codes: Sequence[int | None], *, parallel: bool
+) -> tuple[list[poutine.Trace], list[list[poutine.Trace]]]:
+    """Run the guide, and the model on what it drew in each batch: once for all draws, or once for each."""
+    size, runs = (n_draws, 1) if parallel else (1, n_draws)
+    dim = -1 - _nesting(fit, cells)
+    guided, modelled = [], []
+    for _ in range(runs):
+        guided.append(poutine.trace(_repeated(fit.guide, size, dim)).get_trace(cells))
+        model = poutine.replay(_repeated(fit.model, size, dim), guided[-1])
+        seen = [cells if code is None else cells.in_batch(code) for code in codes]
+        modelled.append([poutine.trace(model).get_trace(there) for there in seen])
+    return guided, modelled
+
+
+def _repeated(program: Any, n_draws: int, dim: int) -> Any:
+    """Return the program in a plate of draws."""
+
+    def repeated(cells: Cells) -> None:
+        with pyro.plate("_draws", n_draws, dim=dim):
+            program(cells)
+
+    return repeated
+
+
+def _nesting(fit: Fit, cells: Cells) -> int:
+    """Return how many plates stand inside each other in the program."""
+    with poutine.block():
+        guided = poutine.trace(fit.guide).get_trace(cells)
+        modelled = poutine.trace(poutine.replay(fit.model, guided)).get_trace(cells)
+    sites = [*guided.nodes.values(), *modelled.nodes.values()]
+    return max(
+        [-f.dim for s in sites if s["type"] == "sample" for f in s["cond_indep_stack"] if f.vectorized] + [0]
+    )
+
+
+def _value(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
+    """Return a site's value with all its axes; of an observed site, a draw."""
+    trace = modelled if name in modelled.nodes else guided
+    if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
+        known = sorted(
+            name for name in {*modelled.nodes, *guided.nodes} if name not in ("_INPUT", "_RETURN", "_draws")
+        )
+        msg = f"no site {name!r}; the programs have {known}"
+        raise KeyError(msg)
+    site = trace.nodes[name]
+    drawn = site["is_observed"] and not site["infer"].get("_deterministic")
+    value = site["fn"].sample() if drawn else site["value"]
+    return value.expand(site["fn"].batch_shape + site["fn"].event_shape)
+
+
+def _mean(trace: poutine.Trace, name: str) -> Tensor:
+    """Return the mean of a guide's site given what it depends on; its draw where no mean is known."""
+    if name not in trace.nodes:
+        msg = f"the guide has no site {name!r}; it has {[*trace.stochastic_nodes]}"
+        raise KeyError(msg)
+    try:
+        return trace.nodes[name]["fn"].mean
+    except NotImplementedError:
+        return trace.nodes[name]["value"]
+
+
+def _log_density(trace: poutine.Trace, cells: Cells) -> Tensor:
+    """Return the log density of all sites in the plate of cells, (draws, cells)."""
+    trace.compute_log_prob()
+    total = torch.zeros(1, len(cells), device=cells.x.device)
+    for site in trace.nodes.values():
+        if site["type"] != "sample":
+            continue
+        dims = {f.name: f.dim for f in site["cond_indep_stack"]}
+        if "cells" not in dims:
+            continue
+        log_p = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+        others = [d for name, d in dims.items() if name not in ("cells", "_draws")]
+        log_p = log_p.sum(others, keepdim=True) if others else log_p
+        total = total + log_p.movedim(dims["cells"], -1).reshape(-1, len(cells))
+    return total
+
+
+def _quantiles(values: Float[Tensor, "draws cells genes"], at: Tensor) -> Tensor:
+    """Return quantiles over draws, linearly interpolated: torch.quantile refuses large tensors."""
+    ordered = values.sort(0).values
+    place = at * (len(values) - 1)
+    below, part = place.floor().long(), (place - place.floor())[:, None, None]
+    above = (below + 1).clamp_max(len(values) - 1)
+    return ordered[below] * (1 - part) + ordered[above] * part
+
+
+def _rows(fit: Fit, n_draws: int) -> int:
+    """Return how many cells are decoded at a time."""
+    return min(1024, max(1, ELEMENTS // (n_draws * len(fit.schema.genes))))
+
+
+def _seed(seed: int, i: int) -> int:
+    """Return the seed of the i-th minibatch."""
+    return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+
+
+def _check_draws(n_draws: int) -> None:
+    if n_draws < 1:
+        msg = f"n_draws must be at least 1, not {n_draws}"
+        raise ValueError(msg)
+
+
+def _batch_code(fit: Fit, batch: str | None) -> int | None:
+    if batch is not None and batch not in fit.schema.batches:
+        msg = f"no batch {batch!r}; the fit knows {', '.join(fit.schema.batches)}"
+        raise ValueError(msg)
+    return None if batch is None else fit.schema.batches.index(batch)
+
+
+def _columns(fit: Fit, genes: Sequence[str] | None) -> np.ndarray:
+    if genes is None:
+        return np.arange(len(fit.schema.genes))
+    places = {name: i for i, name in enumerate(fit.schema.genes)}
+    unknown = [name for name in genes if name not in places]
+    if unknown:
+        msg = f"the fit has no gene {', '.join(unknown[:5])}"
+        raise ValueError(msg)
+    return np.array([places[name] for name in genes])

@@ -1,0 +1,161 @@
+"""Running model and guide programs from outside: pairing, seeds, param stores, the KL weight, checks.
+
+What a program must not know of is handled here, by handlers around it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from pyrosc.counts import Cells
+from pyrosc.random import seeded
+
+Program = Callable[[Cells], Any]
+
+
+def pair(program: Any, guide: Any) -> tuple[Program, Program]:
+    """Return the model and the guide as callables of Cells."""
+    model = getattr(program, "model", program)
+    guide = getattr(program, "guide", None) if guide is None else guide
+    if not callable(model):
+        msg = f"the model must be callable with Cells, or have a method `model`; got {type(model).__name__}"
+        raise TypeError(msg)
+    if not callable(guide):
+        msg = "no guide: pass one, guide=..., e.g. pyro.infer.autoguide.AutoNormal(model)"
+        raise TypeError(msg)
+    return model, guide
+
+
+def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
+    """Return the estimator: as asked, as the program's attribute says, or Trace_ELBO."""
+    chosen = getattr(program, "elbo", Trace_ELBO) if elbo is None else elbo
+    return chosen() if isinstance(chosen, type) else chosen
+
+
+def modules_of(*programs: Any) -> list[nn.Module]:
+    """Return the modules behind programs: the program itself, or the object whose method it is."""
+    owners = [getattr(program, "__self__", program) for program in programs]
+    return [owner for owner in owners if isinstance(owner, nn.Module)]
+
+
+@contextmanager
+def isolated(device: torch.device, seed: int, params: dict[str, Any]) -> Iterator[None]:
+    """Run with a param store and random numbers of one's own, Pyro's validation off; then all is as before.
+
+    Parameters
+    ----------
+    device
+        Whose random numbers are seeded, beside the CPU's.
+    seed
+        Of torch's random numbers.
+    params
+        State of the param store; what programs add to it is kept in it.
+    """
+    with (
+        seeded(device, seed),
+        pyro.validation_enabled(is_validate=False),
+        pyro.get_param_store().scope(params),
+    ):
+        yield
+
+
+class ScaleKL(Messenger):
+    """Scales the log density of every unobserved site, in the model and in the guide: a weight on the KL.
+
+    Parameters
+    ----------
+    weight : float or scalar Tensor
+        More than zero.
+    """
+
+    def __init__(self, weight: float | Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+def weighted_loss(
+    elbo: ELBO, model: Program, guide: Program, cells: Cells, weight: float | Tensor = 1.0
+) -> Float[Tensor, ""]:
+    """Return the negative ELBO with a weight on its KL, in nats per cell."""
+    scaled = ScaleKL(weight)
+    return elbo.differentiable_loss(scaled(model), scaled(guide), cells) / cells.n_total
+
+
+def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]:
+    """Return the KL of each site that both programs sample, in nats per cell.
+
+    Analytic where torch knows it, else from one draw.
+    """
+    guided = poutine.trace(guide).get_trace(cells)
+    modelled = poutine.trace(poutine.replay(model, guided)).get_trace(cells)
+    kl = {}
+    for name, q in guided.nodes.items():
+        if q["type"] != "sample" or q["is_observed"] or _is_plate(q) or name not in modelled.nodes:
+            continue
+        p = modelled.nodes[name]
+        try:
+            site = kl_divergence(q["fn"], p["fn"])
+        except NotImplementedError:
+            site = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
+        kl[name] = float(scale_and_mask(site, q["scale"], q["mask"]).sum()) / cells.n_total
+    return kl
+
+
+def check_programs(model: Program, guide: Program, cells: Cells) -> None:
+    """Run both programs once, with Pyro's validation on, and raise where they don't fit.
+
+    Parameters that programs make with ``pyro.param`` or as autoguides exist from then on.
+
+    Raises
+    ------
+    ValueError
+        If nothing is observed, the observed site is in no plate of cells, or a latent site of one program is
+        missing in the other.
+    """
+    with pyro.validation_enabled(is_validate=True):
+        guided = poutine.trace(guide).get_trace(cells)
+        modelled = poutine.trace(poutine.replay(model, guided)).get_trace(cells)
+        modelled.compute_log_prob()
+    latent = {name for name in modelled.stochastic_nodes if not _is_plate(modelled.nodes[name])}
+    guessed = {
+        name
+        for name in guided.stochastic_nodes
+        if not _is_plate(guided.nodes[name]) and not guided.nodes[name]["infer"].get("is_auxiliary")
+    }
+    if latent - guessed:
+        msg = (
+            f"the guide samples no {sorted(latent - guessed)}: each latent site of the model needs one there"
+        )
+        raise ValueError(msg)
+    if guessed - latent:
+        msg = f"the model samples no {sorted(guessed - latent)}, which the guide does: use the model's names"
+        raise ValueError(msg)
+    observed = [modelled.nodes[name] for name in modelled.observation_nodes]
+    if not observed:
+        msg = 'the model observes nothing: give a site the counts, pyro.sample("x", ..., obs=cells.x)'
+        raise ValueError(msg)
+    if not any(site["cond_indep_stack"] for site in observed):
+        msg = (
+            f"the observed site {observed[0]['name']!r} is in no plate: what belongs to a cell stands inside "
+            'pyro.plate("cells", cells.n_total, subsample=cells.index)'
+        )
+        raise ValueError(msg)
+
+
+def _is_plate(site: Any) -> bool:
+    return isinstance(site["fn"], _Subsample)

@@ -1,0 +1,416 @@
+"""fit_svi and Fit: stochastic variational inference of any model and guide. It knows no model and no site."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyrosc.counts import Cells, Counts, Resident, Schema, as_counts
+from pyrosc.programs import (
+    Program,
+    check_programs,
+    elbo_of,
+    isolated,
+    kl_by_site,
+    modules_of,
+    pair,
+    weighted_loss,
+)
+from pyrosc.random import seeded
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained model and guide: the record that every question is put to.
+
+    Attributes
+    ----------
+    program
+        What was fitted, trained: an object with the methods ``model`` and ``guide``, or the model alone.
+        A copy: what the caller passed to :func:`fit_svi` is left as it was.
+    separate_guide
+        The guide, where it is not a method of `program`.
+    params
+        State of the param store: what programs made with ``pyro.param``, and the parameters of autoguides.
+    schema
+        Names of genes, batches, labels and covariates.
+    history : DataFrame
+        One row an epoch: ``train`` and ``validation`` (loss in nats per cell, lower is better; train is as
+        minimised, with dropout and the KL weight of the time), ``kl_<site>`` (nats per cell, on the
+        validation cells), ``kl_weight``, ``learning_rate``, ``seconds`` since the start.
+    settings
+        What :func:`fit_svi` was given, and what it chose.
+    device
+        Where the parameters are.
+    """
+
+    program: Any
+    separate_guide: Any
+    params: dict[str, Any]
+    schema: Schema
+    history: pd.DataFrame
+    settings: dict[str, Any]
+    device: torch.device
+
+    @property
+    def model(self) -> Program:
+        """The generative program, of :class:`~pyrosc.counts.Cells`."""
+        return pair(self.program, self.separate_guide)[0]
+
+    @property
+    def guide(self) -> Program:
+        """The variational program, of :class:`~pyrosc.counts.Cells`."""
+        return pair(self.program, self.separate_guide)[1]
+
+    @contextmanager
+    def asking(self, seed: int) -> Iterator[None]:
+        """Run programs as trained: evaluation mode, no gradients, own parameters, own random numbers."""
+        for module in modules_of(self.program, self.separate_guide):
+            module.eval()
+        with torch.no_grad(), isolated(self.device, seed, self.params):
+            yield
+
+    def save(self, directory: str | Path) -> None:
+        """Write the fit into a directory: safetensors and JSON, no pickle.
+
+        A crash leaves what was there before, or the whole fit. Read it back with :func:`pyrosc.load`.
+
+        Parameters
+        ----------
+        directory
+            Made if it is not there; an earlier fit in it is replaced.
+
+        Raises
+        ------
+        FileExistsError
+            If the directory holds something that is no saved fit.
+        """
+        from pyrosc.persist import save  # the one import upwards: `fit.save(...)` is where users look
+
+        save(self, directory)
+
+    def __repr__(self) -> str:
+        name = type(self.program).__name__ if isinstance(self.program, nn.Module) else "program"
+        last = self.history.iloc[self.settings["best_epoch"]]
+        loss = last.validation if math.isfinite(last.validation) else last.train
+        return (
+            f"Fit({name}, {len(self.schema.genes)} genes, {len(self.history)} epochs, "
+            f"{loss:.1f} nats per cell, {self.device})"
+        )
+
+
+def fit_svi(
+    model: Any,
+    data: Counts | anndata.AnnData,
+    guide: Any = None,
+    *,
+    epochs: int | None = None,
+    minibatch_size: int = 128,
+    learning_rate: float = 3e-3,
+    kl_warmup: int | None = None,
+    kl_weight: float = 1.0,
+    validation: float = 0.1,
+    patience: int | None = None,
+    clip_norm: float | None = None,
+    elbo: ELBO | type[ELBO] | None = None,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> Fit:
+    """Fit a model and a guide by stochastic variational inference.
+
+    Parameters
+    ----------
+    model
+        An object with the methods ``model`` and ``guide``, or a model alone: a callable of
+        :class:`~pyrosc.counts.Cells`. It is copied, and left untrained.
+    data
+        Counts, or an AnnData with counts in X.
+    guide
+        The guide, where `model` has none: a callable of Cells, or one of Pyro's autoguides.
+    epochs
+        Passes over the training cells at most. By default chosen from the data, see :func:`planned_epochs`.
+    minibatch_size
+        Cells in a step.
+    learning_rate
+        Of Adam, at its peak: it rises over the first tenth of the planned steps and falls along a cosine to
+        zero at the end.
+    kl_warmup
+        Steps over which the KL weight rises from zero to `kl_weight`; a tenth of the planned steps by
+        default, and never more than half of them, so that every fit ends at `kl_weight`.
+    kl_weight
+        Weight of the KL at the end: 1 is the ELBO, more is a beta-VAE.
+    validation
+        Share of the cells kept out of the training to measure the loss after each epoch; the parameters of
+        the best epoch are the fit's. 0 trains on all cells to the end; it is what programs with parameters
+        of each cell need.
+    patience
+        Stop after so many epochs without a better validation loss; a quarter of the epochs by default.
+    clip_norm
+        Gradients longer than this are shortened to it.
+    elbo
+        A Pyro ELBO; by default the attribute ``elbo`` of `model`, else :class:`pyro.infer.Trace_ELBO`.
+    device
+        ``"auto"`` takes CUDA where there is one.
+    seed
+        Of the split, the minibatches and the draws. The same seed on the same device gives the same bits.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    Fit
+        With ctrl-C, the fit so far.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no model or there is no guide.
+    ValueError
+        If the data or a setting is out of range, or the programs don't fit each other.
+    FloatingPointError
+        If the loss is no longer finite; the message names the site.
+
+    Notes
+    -----
+    The loss is Pyro's own: with ``kl_weight=1`` and no warm-up a step has the loss and the gradients of
+    ``pyro.infer.SVI.step``, divided by the number of cells.
+    """
+    data = as_counts(data)
+    _check_settings(
+        epochs=epochs,
+        minibatch_size=minibatch_size,
+        learning_rate=learning_rate,
+        kl_warmup=kl_warmup,
+        kl_weight=kl_weight,
+        validation=validation,
+        patience=patience,
+        clip_norm=clip_norm,
+    )
+    on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    program, separate_guide = copy.deepcopy((model, guide))
+    for module in modules_of(program, separate_guide):
+        module.to(on)
+    train_rows, validation_rows = split(data.n_cells, validation, seed)
+    minibatch_size = min(minibatch_size, len(train_rows))
+    steps = -(-len(train_rows) // minibatch_size)
+    epochs = planned_epochs(steps) if epochs is None else epochs
+    settings = {
+        "epochs": epochs,
+        "steps_per_epoch": steps,
+        "minibatch_size": minibatch_size,
+        "learning_rate": learning_rate,
+        "kl_warmup": min(steps * epochs // 10 if kl_warmup is None else kl_warmup, steps * epochs // 2),
+        "kl_weight": kl_weight,
+        "validation": validation,
+        "patience": max(1, epochs // 4) if patience is None else patience,
+        "clip_norm": clip_norm,
+        "seed": seed,
+        "n_cells": data.n_cells,
+        "n_train": len(train_rows),
+    }
+    params: dict[str, Any] = {"params": {}, "constraints": {}}
+    with isolated(on, seed, params):
+        problem = _Problem(
+            *pair(program, separate_guide),
+            elbo=elbo_of(program, elbo),
+            modules=modules_of(program, separate_guide),
+            train=data[train_rows].on(on),
+            validation=data[validation_rows].on(on),
+        )
+        history, settings["best_epoch"] = _train(problem, settings, progress)
+    return Fit(program, separate_guide, params, data.schema, history, settings, on)
+
+
+def planned_epochs(steps: int) -> int:
+    """Epochs that :func:`fit_svi` plans for so many minibatches: about 1500 steps, 5 to 200 epochs."""
+    return min(200, max(5, round(1500 / steps)))
+
+
+def split(n_cells: int, validation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows for training and those for validation, each in ascending order."""
+    n = round(n_cells * validation)
+    order = np.random.default_rng(seed).permutation(n_cells) if n else np.arange(n_cells)
+    return np.sort(order[n:]), np.sort(order[:n])
+
+
+def _check_settings(**settings: Any) -> None:
+    """Raise where a setting is out of range."""
+    for name, least in (("epochs", 1), ("minibatch_size", 1), ("kl_warmup", 0), ("patience", 1)):
+        if settings[name] is not None and (settings[name] < least or settings[name] != int(settings[name])):
+            msg = f"{name} must be a whole number of at least {least}, not {settings[name]!r}"
+            raise ValueError(msg)
+    for name in ("learning_rate", "kl_weight", "clip_norm"):
+        if settings[name] is not None and not 0 < settings[name] < math.inf:
+            msg = f"{name} must be more than 0, not {settings[name]!r}"
+            raise ValueError(msg)
+    if not 0 <= settings["validation"] < 1:
+        msg = f"validation is a share of the cells, at least 0 and below 1, not {settings['validation']!r}"
+        raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is trained, on what."""
+
+    model: Program
+    guide: Program
+    elbo: ELBO
+    modules: list[nn.Module]
+    train: Resident
+    validation: Resident
+
+
+def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
+    """Train in place; return the history and the epoch whose parameters were kept."""
+    start = time.perf_counter()
+    first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+    with seeded(first.device, settings["seed"]):
+        check_programs(problem.model, problem.guide, problem.train.cells(first))
+    # From here on the store's tensors are the ones to train, save and restore.
+    state = _state(problem.modules)
+    step = _Stepper(problem, [tensor for tensor in state if tensor.requires_grad], settings)
+    rows: list[dict[str, float]] = []
+    best, kept = 0, state
+    with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
+        for epoch in range(settings["epochs"]):
+            losses, interrupted = _epoch(problem, step)
+            if interrupted and not (losses or rows):
+                raise KeyboardInterrupt
+            rows.append(_row(losses, step, problem, settings) | {"seconds": time.perf_counter() - start})
+            bar.update()
+            bar.set_postfix(train=f"{rows[-1]['train']:.1f}", validation=f"{rows[-1]['validation']:.1f}")
+            warm = step.taken >= settings["kl_warmup"]
+            # Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen
+            # to its end no epoch is final.
+            if not warm or not rows[-1]["validation"] >= rows[best]["validation"] or epoch == 0:
+                best, kept = epoch, [tensor.detach().clone() for tensor in state]
+            if interrupted or (warm and epoch - best >= settings["patience"]):
+                break
+    with torch.no_grad():
+        for tensor, value in zip(state, kept, strict=True):
+            tensor.copy_(value)
+    return pd.DataFrame(rows).rename_axis("epoch"), best
+
+
+class _Stepper:
+    """One step of Adam: the rate and the KL weight follow their schedules over the planned steps."""
+
+    def __init__(self, problem: _Problem, parameters: list[Tensor], settings: dict[str, Any]) -> None:
+        if not parameters:
+            msg = "nothing to train: the model and the guide have no parameters that require a gradient"
+            raise ValueError(msg)
+        self.problem, self.parameters, self.settings = problem, parameters, settings
+        self.planned = settings["epochs"] * settings["steps_per_epoch"]
+        self.taken = 0
+        self.rate = self.weight = 0.0
+        self.optimiser = torch.optim.Adam(parameters, lr=settings["learning_rate"], fused=True)
+
+    def __call__(self, cells: Cells) -> Tensor:
+        """Take the step; return the loss before it, in nats per cell, on the device."""
+        settings, problem = self.settings, self.problem
+        self.rate = settings["learning_rate"] * one_cycle(self.taken / self.planned)
+        self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
+        self.optimiser.zero_grad()
+        loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, self.weight)
+        loss.backward()
+        if settings["clip_norm"] is not None:
+            nn.utils.clip_grad_norm_(self.parameters, settings["clip_norm"])
+        self.optimiser.step()
+        self.taken += 1
+        return loss.detach()
+
+
+def one_cycle(done: float) -> float:
+    """Return the learning rate as a share of its peak: up in a tenth of the run, then down along a cosine."""
+    return 0.04 + 0.96 * done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
+
+
+def _epoch(problem: _Problem, step: _Stepper) -> tuple[list[float], bool]:
+    """Take the steps of an epoch; return their losses, and whether ctrl-C ended it."""
+    for module in problem.modules:
+        module.train()
+    losses: list[Tensor] = []
+    interrupted = False
+    try:
+        for rows in _permuted(len(problem.train), step.settings, problem.train.start.device):
+            losses.append(step(problem.train.cells(rows)))
+    except KeyboardInterrupt:
+        interrupted = True
+    return torch.stack(losses).tolist() if losses else [], interrupted
+
+
+def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
+    """Yield a random order of all rows as minibatches of one size: the last is filled up from the first."""
+    order = torch.randperm(n, device=device)
+    size, steps = settings["minibatch_size"], settings["steps_per_epoch"]
+    yield from torch.cat([order, order[: steps * size - n]]).split(size)
+
+
+def _row(
+    losses: list[float], step: _Stepper, problem: _Problem, settings: dict[str, Any]
+) -> dict[str, float]:
+    """Return an epoch's row of the history; raise if a loss is not finite."""
+    for module in problem.modules:
+        module.eval()
+    with torch.no_grad(), seeded(problem.train.start.device, settings["seed"]):
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            raise FloatingPointError(_blame(problem, settings, step, bad[0]))
+        measured = [_measured(problem, cells, settings) for cells in problem.validation.minibatches(512)]
+    row = {"train": float(np.mean(losses)) if losses else math.nan, "validation": math.nan}
+    for name in measured[0] if measured else ():
+        row[name] = sum(m[name] * m["n"] for m in measured) / len(problem.validation)
+    row.pop("n", None)
+    return row | {"kl_weight": step.weight, "learning_rate": step.rate}
+
+
+def _measured(problem: _Problem, cells: Cells, settings: dict[str, Any]) -> dict[str, float]:
+    """Return the validation loss of cells and the KL of each site, in nats per cell, and their number."""
+    cells = replace(cells, n_total=settings["n_train"])
+    loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
+    kl = kl_by_site(problem.model, problem.guide, cells)
+    return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
+
+
+def _blame(problem: _Problem, settings: dict[str, Any], step: _Stepper, which: int) -> str:
+    """Say where a loss stopped being finite."""
+    rows = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+    guided = poutine.trace(problem.guide).get_trace(problem.train.cells(rows))
+    modelled = poutine.trace(poutine.replay(problem.model, guided)).get_trace(problem.train.cells(rows))
+    sites: dict[str, Tensor] = {}
+    for trace in (modelled, guided):
+        trace.compute_log_prob()
+        sites |= {
+            name: site["log_prob"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all()
+        }
+    return (
+        f"the loss is not finite from step {step.taken - settings['steps_per_epoch'] + which} on "
+        f"(learning rate {step.rate:.2g}); sites without a finite density now: {', '.join(sites) or 'none'}. "
+        "Try a lower learning_rate or clip_norm=1.0; if it is the first step, look at that site's parameters"
+    )
+
+
+def _state(modules: list[nn.Module]) -> list[Tensor]:
+    """Return all tensors that training changes, each once: parameters, buffers and the param store's."""
+    store = pyro.get_param_store().get_state()["params"].values()
+    inside = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return list({id(tensor): tensor for tensor in (*inside, *store)}.values())
