@@ -189,7 +189,7 @@ class Counts:
 
     @property
     def share(self) -> np.ndarray:
-        """Each gene's share of all counts, shape (genes,), after adding a count to each gene: none is zero."""
+        """Each gene's share of all counts, shape (genes,), with a count added to each gene: none is zero."""
         total = np.asarray(self.x.sum(axis=0), dtype=np.float64).ravel() + 1
         return total / total.sum()
 
@@ -416,7 +416,7 @@ def _check_values(values: np.ndarray, where: str) -> None:
         raise ValueError(msg)
     if values.size and values.min() < 0:
         msg = (
-            f"{where} has negative values (least {values.min():.4g}): these are no counts, perhaps scaled data; "
+            f"{where} has negative values (least {values.min():.4g}): these are no counts, perhaps scaled; "
             'give the raw counts, e.g. layer="counts"'
         )
         raise ValueError(msg)

@@ -5,7 +5,7 @@ nothing of the size draws x cells x genes is ever held for more than a minibatch
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import anndata
@@ -336,7 +336,7 @@ def _stream(
     parallel: bool,
     seed: int,
 ) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
-    """Yield each minibatch and its draws, (batches, draws, cells, ...): the same latent draws in each batch."""
+    """Yield each minibatch and its draws, (batches, draws, cells, ...): in each batch the same latent draws."""
     _check_draws(n_draws)
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
         with fit.asking(_seed(seed, i)):
@@ -382,14 +382,17 @@ def _repeated(program: Any, n_draws: int, dim: int) -> Any:
 
 
 def _nesting(fit: Fit, cells: Cells) -> int:
-    """Return how many plates stand inside each other in the program."""
-    with poutine.block():
-        guided = poutine.trace(fit.guide).get_trace(cells)
-        modelled = poutine.trace(poutine.replay(fit.model, guided)).get_trace(cells)
-    sites = [*guided.nodes.values(), *modelled.nodes.values()]
-    return max(
-        [-f.dim for s in sites if s["type"] == "sample" for f in s["cond_indep_stack"] if f.vectorized] + [0]
-    )
+    """Return how many plates stand inside each other in the programs, from a run on one cell."""
+    arrays = {
+        field.name: getattr(cells, field.name)[:1] for field in fields(cells) if field.name != "n_total"
+    }
+    one = replace(cells, **arrays)
+    guided = poutine.trace(fit.guide).get_trace(one)
+    modelled = poutine.trace(poutine.replay(fit.model, guided)).get_trace(one)
+    sites = [
+        site for trace in (guided, modelled) for site in trace.nodes.values() if site["type"] == "sample"
+    ]
+    return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=0)
 
 
 def _value(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:

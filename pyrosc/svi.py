@@ -125,6 +125,7 @@ def fit_svi(
     kl_weight: float = 1.0,
     validation: float = 0.1,
     patience: int | None = None,
+    weight_decay: float | None = None,
     clip_norm: float | None = None,
     elbo: ELBO | type[ELBO] | None = None,
     device: str | torch.device = "auto",
@@ -160,6 +161,10 @@ def fit_svi(
         of each cell need.
     patience
         Stop after so many epochs without a better validation loss; a quarter of the epochs by default.
+    weight_decay
+        Precision of a normal prior on every (unconstrained) parameter: half of this times the sum of their
+        squares, in nats for all cells together, is added to what is minimised, not to the loss reported. By
+        default the attribute ``weight_decay`` of `model`, else 0.
     clip_norm
         Gradients longer than this are shortened to it.
     elbo
@@ -218,6 +223,7 @@ def fit_svi(
         "kl_weight": kl_weight,
         "validation": validation,
         "patience": max(1, epochs // 4) if patience is None else patience,
+        "weight_decay": getattr(program, "weight_decay", 0.0) if weight_decay is None else weight_decay,
         "clip_norm": clip_norm,
         "seed": seed,
         "n_cells": data.n_cells,
@@ -285,7 +291,7 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
     state = _state(problem.modules)
     step = _Stepper(problem, [tensor for tensor in state if tensor.requires_grad], settings)
     rows: list[dict[str, float]] = []
-    best, kept = 0, state
+    best, best_loss, kept = 0, math.inf, state
     with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
         for epoch in range(settings["epochs"]):
             losses, interrupted = _epoch(problem, step)
@@ -297,8 +303,9 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
             warm = step.taken >= settings["kl_warmup"]
             # Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen
             # to its end no epoch is final.
-            if not warm or not rows[-1]["validation"] >= rows[best]["validation"] or epoch == 0:
-                best, kept = epoch, [tensor.detach().clone() for tensor in state]
+            if not (warm and rows[-1]["validation"] >= best_loss):
+                best, best_loss = epoch, rows[-1]["validation"] if warm else math.inf
+                kept = [tensor.detach().clone() for tensor in state]
             if interrupted or (warm and epoch - best >= settings["patience"]):
                 break
     with torch.no_grad():
@@ -318,7 +325,10 @@ class _Stepper:
         self.planned = settings["epochs"] * settings["steps_per_epoch"]
         self.taken = 0
         self.rate = self.weight = 0.0
-        self.optimiser = torch.optim.Adam(parameters, lr=settings["learning_rate"], fused=True)
+        decay = settings["weight_decay"] / settings["n_train"]
+        self.optimiser = torch.optim.Adam(
+            parameters, lr=settings["learning_rate"], weight_decay=decay, fused=True
+        )
 
     def __call__(self, cells: Cells) -> Tensor:
         """Take the step; return the loss before it, in nats per cell, on the device."""
@@ -350,7 +360,7 @@ def _epoch(problem: _Problem, step: _Stepper) -> tuple[list[float], bool]:
     interrupted = False
     try:
         for rows in _permuted(len(problem.train), step.settings, problem.train.start.device):
-            losses.append(step(problem.train.cells(rows)))
+            losses.append(step(problem.train.cells(rows)))  # noqa: PERF401 (ctrl-C keeps what is done)
     except KeyboardInterrupt:
         interrupted = True
     return torch.stack(losses).tolist() if losses else [], interrupted

@@ -36,8 +36,8 @@ class VAE(nn.Module):
     gate logits are linear in f. s stands for batch, categorical and continuous covariates.
 
     Departures from scVI: the library is observed by default, and the guide of a latent one corrects the
-    observed total; covariates enter the first layer and the last, where each gene has an offset of its own; the
-    last layer's bias starts at the genes' mean shares.
+    observed total; covariates enter the first layer and the last, where each gene has an offset of its own;
+    the last layer's bias starts at the genes' mean shares; weights have a normal prior.
 
     Parameters
     ----------
@@ -59,6 +59,7 @@ class VAE(nn.Module):
     """
 
     elbo = TraceMeanField_ELBO
+    weight_decay = 5.0
     recipe: dict[str, Any] | None = None
 
     def __init__(
@@ -98,8 +99,8 @@ class VAE(nn.Module):
         Parameters
         ----------
         data
-            Counts, or an AnnData with counts in X: sizes, mean shares, and moments of libraries and covariates
-            are read off it.
+            Counts, or an AnnData with counts in X: sizes, mean shares, and moments of libraries and
+            covariates are read off it.
         likelihood
             ``"nb"``, ``"poisson"``, ``"zip"`` or ``"zinb"``.
         library
