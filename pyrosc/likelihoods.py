@@ -1,15 +1,16 @@
 """Likelihoods p(x given z) of counts: modules that turn a mean and features into a distribution."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from pyro.distributions import TorchDistribution
+from torch.distributions import Distribution
 from torch import Tensor, nn
 
 from pyrosc import distributions
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """From the mean of the counts (cells x genes), features h and batch codes to p(x given z)."""
 
@@ -18,7 +19,7 @@ class Likelihood(Protocol):
         mean: Float[Tensor, "*draws cells genes"],
         h: Float[Tensor, "*draws cells hidden"],
         batch: Int[Tensor, "cells"],
-    ) -> TorchDistribution:
+    ) -> Distribution:
         """Return the distribution of the counts, batch shape (*draws, cells, genes)."""
         ...
 

@@ -1,0 +1,5 @@
+"""``python -m pyrosc`` is ``pyrosc``."""
+
+from pyrosc.cli import main
+
+main()

@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+import torch
+
+from pyrosc.random import seeded
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_seed_gives_the_same_numbers(untouched):
+    with untouched():
+        with seeded(CPU, 5):
+            first = torch.randn(3)
+        with seeded(CPU, 5):
+            again = torch.randn(3)
+        with seeded(CPU, 6):
+            other = torch.randn(3)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_callers_numbers_go_on_as_if_nothing_had_been():
+    torch.manual_seed(1)
+    torch.randn(2)
+    expected = torch.randn(2)
+    torch.manual_seed(1)
+    torch.randn(2)
+    with seeded(CPU, 7):
+        torch.randn(100)
+    assert torch.equal(torch.randn(2), expected)
+
+
+def test_the_state_comes_back_after_an_exception(untouched):
+    with untouched():
+        with pytest.raises(ZeroDivisionError), seeded(CPU, 0):
+            torch.randn(3)
+            1 / 0
+        np.zeros(1)
