@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "no dropout": {"model": {"dropout": 0.0}},
     "no weight decay": {"fit": {"weight_decay": 0.0}},
     "weight decay 20": {"fit": {"weight_decay": 20.0}},
-    "learning rate 0.001": {"fit": {"learning_rate": 1e-3}},
+    "learning rate 0.002": {"fit": {"learning_rate": 2e-3}},
     "learning rate 0.01": {"fit": {"learning_rate": 1e-2}},
     "minibatch 256": {"fit": {"minibatch_size": 256}},
     "no KL warm-up": {"fit": {"kl_warmup": 0}},

@@ -77,8 +77,12 @@ def main():
     lfc = np.log2(adata.var["share_type_0"] / adata.var["share_type_1"])[table.index]
     called = table.is_de.to_numpy(dtype=bool)
     false = (lfc[called].abs() <= 0.25).sum()
-    print(f"type_0 against type_1: {called.sum()} genes called, {false} of them with a true |lfc| of at most 0.25;")
-    print(f"  {((lfc.abs() > 1) & ~called).sum()} of {(lfc.abs() > 1).sum()} with a true |lfc| above 1 were missed;")
+    print(
+        f"type_0 against type_1: {called.sum()} genes called, {false} of them with a true |lfc| of at most 0.25;"
+    )
+    print(
+        f"  {((lfc.abs() > 1) & ~called).sum()} of {(lfc.abs() > 1).sum()} with a true |lfc| above 1 were missed;"
+    )
     print(f"  correlation of estimated and true log2 fold changes: {correlation(table.lfc_mean, lfc):.3f}")
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 from sklearn.decomposition import PCA
@@ -375,28 +376,36 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
 
 
 def _label(ax: Axes, points: np.ndarray, which: np.ndarray, names: np.ndarray) -> None:
-    """Name points: each name takes the place where it covers no other name and the fewest points."""
+    """Name points: each name takes the place where it covers no other name and few points."""
     figure = ax.figure.figure
     figure.draw_without_rendering()  # the layout is final, so that pixels mean something
     inside = ax.get_window_extent()
     pixels = ax.transData.transform(points)
     per_point = figure.dpi / 72
-    taken: list[Bbox] = []
+    boxes: list[Bbox] = []
+    leaders: list[Path] = []
     for i in which:
         text = ax.annotate(names[i], points[i], (0, 0), textcoords="offset points", fontsize=9, zorder=5)
         size = text.get_window_extent().size + 2 * per_point
         places = []
         for dx, dy in _offsets(outward=1 if points[i, 0] >= 0 else -1):
             left = pixels[i, 0] + dx * per_point - size[0] * (dx < 0)
-            low = pixels[i, 1] + dy * per_point - size[1] / 2
-            box = Bbox.from_bounds(left, low, *size)
-            clash = box.count_overlaps(taken) + (not _holds(inside, box))
-            covered = box.count_contains(pixels)
-            places.append((clash, covered + np.hypot(dx, dy) / 20, len(places), dx, dy, box))
-        *_, dx, dy, box = min(places)
-        taken.append(box)
+            box = Bbox.from_bounds(left, pixels[i, 1] + dy * per_point - size[1] / 2, *size)
+            leader = Path([pixels[i], np.clip(pixels[i], box.min, box.max)])
+            clashes = (
+                box.count_overlaps(boxes)
+                + sum(leader.intersects_bbox(other) for other in boxes)
+                + sum(other.intersects_bbox(box) or other.intersects_path(leader) for other in leaders)
+                + (not _holds(inside, box))
+            )
+            cost = box.count_contains(pixels) + np.hypot(dx, dy) / 20
+            places.append((clashes, cost, len(places), dx, dy, box, leader))
+        *_, dx, dy, box, leader = min(places)
+        boxes.append(box)
+        leaders.append(leader)
         text.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="center")
-        ax.plot(*_leader(ax, pixels[i], box), color="0.5", lw=0.6, zorder=2, scalex=False, scaley=False)
+        line = ax.transData.inverted().transform(leader.vertices)
+        ax.plot(*line.T, color="0.5", lw=0.6, zorder=2, scalex=False, scaley=False)
 
 
 def _offsets(outward: int) -> list[tuple[float, float]]:
@@ -412,10 +421,3 @@ def _offsets(outward: int) -> list[tuple[float, float]]:
 
 def _holds(outer: Bbox, box: Bbox) -> bool:
     return outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1
-
-
-def _leader(ax: Axes, pixel: np.ndarray, box: Bbox) -> tuple[np.ndarray, np.ndarray]:
-    """Return the line from a dot to the nearest point of its name, in data coordinates."""
-    end = np.clip(pixel, box.min, box.max)
-    x, y = ax.transData.inverted().transform([pixel, end]).T
-    return x, y

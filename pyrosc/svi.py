@@ -120,7 +120,7 @@ def fit_svi(
     *,
     epochs: int | None = None,
     minibatch_size: int = 128,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 5e-3,
     kl_warmup: int | None = None,
     kl_weight: float = 1.0,
     validation: float = 0.1,
@@ -160,7 +160,8 @@ def fit_svi(
         the best epoch are the fit's. 0 trains on all cells to the end; it is what programs with parameters
         of each cell need.
     patience
-        Stop after so many epochs without a better validation loss; a quarter of the epochs by default.
+        Stop after so many epochs without a better validation loss; a sixth of the planned epochs by default,
+        and at least 5.
     weight_decay
         Precision of a normal prior on every (unconstrained) parameter: half of this times the sum of their
         squares, in nats for all cells together, is added to what is minimised, not to the loss reported. By
@@ -222,7 +223,7 @@ def fit_svi(
         "kl_warmup": min(steps * epochs // 10 if kl_warmup is None else kl_warmup, steps * epochs // 2),
         "kl_weight": kl_weight,
         "validation": validation,
-        "patience": max(1, epochs // 4) if patience is None else patience,
+        "patience": max(5, epochs // 6) if patience is None else patience,
         "weight_decay": getattr(program, "weight_decay", 0.0) if weight_decay is None else weight_decay,
         "clip_norm": clip_norm,
         "seed": seed,
@@ -243,8 +244,8 @@ def fit_svi(
 
 
 def planned_epochs(steps: int) -> int:
-    """Epochs that :func:`fit_svi` plans for so many minibatches: about 1500 steps, 5 to 200 epochs."""
-    return min(200, max(5, round(1500 / steps)))
+    """Epochs that :func:`fit_svi` plans for so many minibatches: about 2000 steps, 5 to 200 epochs."""
+    return min(200, max(5, round(2000 / steps)))
 
 
 def split(n_cells: int, validation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

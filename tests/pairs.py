@@ -20,9 +20,7 @@ def untrained(program, data, guide=None, params=None):
     """A Fit of a program as it is."""
     history = pd.DataFrame({"train": [1.0], "validation": [1.0]}).rename_axis("epoch")
     settings = {"seed": 0, "best_epoch": 0, "n_train": data.n_cells}
-    return Fit(
-        program, guide, params or empty_params(), data.schema, history, settings, torch.device("cpu")
-    )
+    return Fit(program, guide, params or empty_params(), data.schema, history, settings, torch.device("cpu"))
 
 
 def wave(*shape, phase=0.0, size=0.1):

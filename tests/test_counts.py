@@ -232,7 +232,9 @@ def test_other_things_than_numbers_are_refused():
 def test_the_anndata_is_left_as_it_was(kind, dtype):
     x = kind(X.astype(dtype))
     if sp.issparse(x) and x.format == "csr":  # unsorted, with a duplicate and a stored zero
-        x = type(x)((np.array([1, 2, 3, 0, 5], dtype), np.array([2, 0, 2, 1, 1]), np.array([0, 4, 5])), (2, 3))
+        x = type(x)(
+            (np.array([1, 2, 3, 0, 5], dtype), np.array([2, 0, 2, 1, 1]), np.array([0, 4, 5])), (2, 3)
+        )
     adata = adata_of(x, counts=x.copy())
     parts = lambda m: [m.copy()] if not sp.issparse(m) else [m.data.copy(), m.indices.copy(), m.indptr.copy()]
     kept = (parts(adata.X), parts(adata.layers["counts"]), adata.obs.copy(), adata.var.copy())

@@ -102,7 +102,8 @@ def test_a_vae_gains_on_it_where_there_is_structure():
     data = simulate(400, 60, n_types=3, log2_fold_change=3.0, de_fraction=0.5, seed=6)
     train, test = data[:300], data[300:]
     vae = pyrosc.fit_svi(pyrosc.VAE.for_data(train, n_latent=5), train, epochs=80, progress=False)
-    gain = pyrosc.log_likelihood(vae, test).nats - pyrosc.log_likelihood(
-        baseline(train, progress=False), test, n_draws=1
-    ).nats
+    gain = (
+        pyrosc.log_likelihood(vae, test).nats
+        - pyrosc.log_likelihood(baseline(train, progress=False), test, n_draws=1).nats
+    )
     assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain)) > 0

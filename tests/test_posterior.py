@@ -69,7 +69,7 @@ def test_draws_are_the_same_for_the_same_seed_only(rich_fit, rich, untouched):
 
 def test_parallel_draws_have_the_distribution_of_serial_ones(rich_fit, rich):
     few = rich[np.arange(6)]
-    n = 400
+    n = 200
     for site in ("z", "l", "rho"):
         a, b = (
             stacked(draws(rich_fit, few, site, n_draws=n, parallel=p, seed=3), site).double()
@@ -129,9 +129,7 @@ def test_two_fits_are_asked_in_turns(vae_fit, rich_fit, data, rich, monkeypatch,
     ]
     with untouched():
         turns = list(
-            zip(
-                draws(vae_fit, data, "rho", n_draws=2), draws(rich_fit, rich, "rho", n_draws=2), strict=True
-            )
+            zip(draws(vae_fit, data, "rho", n_draws=2), draws(rich_fit, rich, "rho", n_draws=2), strict=True)
         )
     assert len(turns) == 5
     for i in range(2):
@@ -304,7 +302,7 @@ def test_a_subset_of_genes_is_those_columns_in_that_order(vae_fit, few):
     some = impute(vae_fit, few, genes=["gene_30", "gene_2", "gene_7"], n_draws=5)
     columns = [30, 2, 7]
     for name in ("mean", "sd", "lower", "upper"):
-        np.testing.assert_array_equal(getattr(some, name), getattr(full, name)[:, columns])
+        np.testing.assert_allclose(getattr(some, name), getattr(full, name)[:, columns], rtol=1e-5)
     assert list(some.gene_names) == ["gene_30", "gene_2", "gene_7"]
 
 
@@ -315,8 +313,12 @@ class Watching(nn.Module):
         super().__init__()
         self.n_genes, self.seen = n_genes, []
 
+    def watch(self, who, cells):
+        if len(cells) > 1:  # not the trial run on one cell
+            self.seen.append((who, cells.batch.tolist()))
+
     def model(self, cells):
-        self.seen.append(("model", cells.batch.tolist()))
+        self.watch("model", cells)
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
             zero = cells.x.new_zeros(len(cells), 1)
             z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
@@ -325,7 +327,7 @@ class Watching(nn.Module):
             pyro.sample("x", dist.Poisson(cells.library * rho).to_event(1), obs=cells.x)
 
     def guide(self, cells):
-        self.seen.append(("guide", cells.batch.tolist()))
+        self.watch("guide", cells)
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
             at = cells.batch[:, None].float()
             pyro.sample("z", dist.Normal(at, 0.1).to_event(1))
@@ -400,7 +402,8 @@ def test_predictive_mean_and_zeros_are_the_analytic_ones(data, few):
 def test_predictive_counts_in_another_batch(data, few):
     fit = pairs.untrained(Watching(data.n_genes), data)
     low, high = (
-        sum(posterior_predictive(fit, few, 30, batch=b)).toarray()[:, -1].sum() for b in ("batch_0", "batch_1")
+        sum(posterior_predictive(fit, few, 30, batch=b)).toarray()[:, -1].sum()
+        for b in ("batch_0", "batch_1")
     )
     assert high > 1.5 * low
 
@@ -412,9 +415,7 @@ def test_predictive_counts_in_another_batch(data, few):
 @pytest.mark.parametrize("n_draws", [1, 7])
 def test_every_weight_of_the_exact_posterior_is_the_evidence(exact, data, n_draws, parallel):
     answer = log_likelihood(exact, data, n_draws, parallel=parallel)
-    np.testing.assert_allclose(
-        answer.nats, pairs.Conjugate(data.share).evidence(data.x.toarray()), rtol=2e-5
-    )
+    np.testing.assert_allclose(answer.nats, pairs.Conjugate(data.share).evidence(data.x.toarray()), rtol=2e-5)
     np.testing.assert_allclose(answer.ess, n_draws, rtol=1e-3)
     assert answer.mean == pytest.approx(answer.nats.mean())
     assert answer.n_draws == n_draws

@@ -108,11 +108,10 @@ def test_isolated_restores_everything_after_an_exception(untouched, validate):
     before = pyro.settings.get()
     pyro.enable_validation(validate)
     try:
-        with untouched():
-            with pytest.raises(ZeroDivisionError), isolated(CPU, 0, pairs.empty_params()):
-                pyro.param("a", torch.ones(2))
-                torch.randn(2)
-                1 / 0
+        with untouched(), pytest.raises(ZeroDivisionError), isolated(CPU, 0, pairs.empty_params()):
+            pyro.param("a", torch.ones(2))
+            torch.randn(2)
+            1 / 0
     finally:
         pyro.settings.set(**before)
 

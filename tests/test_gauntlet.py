@@ -1,0 +1,239 @@
+"""What every model, likelihood and user-style pair must pass."""
+
+import functools
+
+import numpy as np
+import pairs
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+import pyrosc
+from pyrosc import VAE, fit_svi, from_anndata
+from pyrosc.programs import check_programs, elbo_of, isolated, modules_of, pair, weighted_loss
+
+SETTINGS = {"epochs": 6, "minibatch_size": 64, "learning_rate": 1e-2, "progress": False}
+
+
+def vae(**recipe):
+    return lambda data: (VAE.for_data(data, **{"n_latent": 3, "hidden": (8,)} | recipe), None)
+
+
+def autoguide(data):
+    model = pairs.global_model(data.n_genes)
+    return model, AutoNormal(model)
+
+
+def local_autoguide(data):
+    """A state for each cell without an encoder."""
+
+    def model(cells):
+        weight = pyro.param("weight", lambda: pairs.wave(2, data.n_genes, size=0.5))
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            rho = pyro.deterministic("rho", torch.softmax(z @ weight, -1), event_dim=1)
+            rate = cells.library.clamp_min(1) * rho
+            pyro.sample("x", dist.Poisson(rate).to_event(1), obs=cells.x)
+
+    plates = lambda cells: pyro.plate("cells", cells.n_total, subsample=cells.index)
+    return model, AutoNormal(model, create_plates=plates)
+
+
+CASES = {
+    **{
+        f"vae {likelihood} {library}": vae(likelihood=likelihood, library=library)
+        for likelihood in ("poisson", "nb", "zip", "zinb")
+        for library in ("observed", "latent")
+    },
+    "vae theta by batch": vae(dispersion="gene-batch"),
+    "vae zinb theta by batch": vae(likelihood="zinb", dispersion="gene-batch"),
+    "vae layer norm": vae(norm="layer", dropout=0.0),
+    "vae no norm": vae(norm=None),
+    "vae encodes covariates": vae(encode_covariates=True),
+    "vae deep": vae(hidden=(8, 6)),
+    "vae linear": vae(hidden=()),
+    "class": lambda data: (pairs.TwoMethods(data.n_genes), None),
+    "class with pyro.module": lambda data: (pairs.TwoMethods(data.n_genes, register=True), None),
+    "two functions": lambda data: pairs.two_functions(data.n_genes),
+    "autoguide": autoguide,
+    "autoguide of each cell": local_autoguide,
+}
+# Parameters of each cell: all must be trained, and the same cells are asked.
+PER_CELL = {"autoguide of each cell"}
+# torch's own BatchNorm1d refuses to train on a single row: these get their cell twice.
+TWICE = {"class", "class with pyro.module"}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def settings_of(name):
+    return SETTINGS | ({"validation": 0.0} if name in PER_CELL else {})
+
+
+def fitted(name, data, **settings):
+    model, guide = CASES[name](data)
+    return fit_svi(model, data, guide=guide, **settings_of(name) | settings)
+
+
+@pytest.fixture
+def fit(name, rich):
+    return cached(name, rich)
+
+
+@functools.cache
+def cached_by_name(name, key):
+    return fitted(name, cached_by_name.data[key])
+
+
+def cached(name, data):
+    cached_by_name.data = {id(data): data}
+    return cached_by_name(name, id(data))
+
+
+def per_cell(name, fit, data):
+    """The cells to ask: few, but all where each has parameters of its own."""
+    return data if name in PER_CELL else data[np.arange(7)]
+
+
+def loss_of(name, fit_or_pair, data, train=False):
+    """Loss and gradients of a pair at its start, over all cells."""
+    program, guide = fit_or_pair
+    modules = modules_of(program, guide)
+    for module in modules:
+        module.train(train)
+    cells = data.on("cpu").cells(torch.arange(data.n_cells))
+    params = pairs.empty_params()
+    with isolated(torch.device("cpu"), 0, params):
+        check_programs(*pair(program, guide), cells)
+        loss = weighted_loss(elbo_of(program, None), *pair(program, guide), cells)
+        loss.backward()
+    inside = {f"{i}.{k}": p for i, m in enumerate(modules) for k, p in m.named_parameters()}
+    return loss, inside | params["params"]
+
+
+@every_case
+@pytest.mark.parametrize("n_draws", [1, 3])
+def test_shapes_for_one_and_many_draws(name, fit, rich, n_draws):
+    few = per_cell(name, fit, rich)
+    n = len(few)
+    (drawn,) = pyrosc.draws(fit, few, "rho", "x", n_draws=n_draws)
+    assert drawn["rho"].shape == drawn["x"].shape == (n_draws, n, 40)
+    torch.testing.assert_close(drawn["rho"].sum(-1), torch.ones(n_draws, n))
+    assert (drawn["x"] >= 0).all()
+    imputed = pyrosc.impute(fit, few, n_draws=n_draws)
+    assert imputed.mean.shape == (n, 40)
+    np.testing.assert_allclose(imputed.mean.sum(1), 1, atol=1e-4)
+    assert [x.shape for x in pyrosc.posterior_predictive(fit, few, n_draws)] == [(n, 40)] * n_draws
+    answer = pyrosc.log_likelihood(fit, few, n_draws)
+    assert answer.nats.shape == answer.ess.shape == (n,)
+    assert np.isfinite(answer.nats).all()
+    assert (answer.nats < 0).all()
+    assert (answer.ess >= 1 - 1e-3).all()
+    assert (answer.ess <= n_draws + 1e-3).all()
+    if name != "autoguide":
+        width = {"v": 3}.get(name[0], 2)
+        assert pyrosc.latent(fit, few).shape == (n, width)
+        assert pyrosc.latent(fit, few, n_draws).shape == (n_draws, n, width)
+
+
+@every_case
+def test_gradients_reach_every_parameter(name, rich):
+    _, parameters = loss_of(name, CASES[name](rich), rich, train=True)
+    assert parameters
+    for key, p in parameters.items():
+        assert p.grad is not None, key
+        assert torch.isfinite(p.grad).all(), key
+        assert (p.grad != 0).any(), key
+
+
+@every_case
+def test_the_loss_falls(name, fit, rich):
+    before = float(loss_of(name, CASES[name](rich), rich)[0].detach())
+    with fit.asking(0):
+        cells = rich.on("cpu").cells(torch.arange(rich.n_cells))
+        after = float(weighted_loss(elbo_of(fit.program, None), fit.model, fit.guide, cells))
+    assert after < before - 0.5
+    assert np.isfinite(fit.history["train"]).all()
+
+
+@every_case
+def test_the_same_seed_gives_the_same_bits(name, fit, rich, untouched):
+    with untouched():
+        again = fitted(name, rich)
+    assert pairs.same_bits(fit, again)
+    assert not pairs.same_bits(fit, fitted(name, rich, seed=1))
+
+
+@every_case
+def test_parallel_draws_equal_serial_ones_in_distribution(name, fit, rich):
+    few = per_cell(name, fit, rich)
+    n = 60
+    a, b = (
+        torch.cat(
+            [d["rho"] for d in pyrosc.draws(fit, few, "rho", n_draws=n, parallel=p, seed=1)], 1
+        ).double()
+        for p in (True, False)
+    )
+    error = ((a.var(0) + b.var(0)) / n).sqrt() + 1e-9
+    assert float(((a.mean(0) - b.mean(0)).abs() / error).max()) < 6.5
+    assert a.var(0).mean() == pytest.approx(float(b.var(0).mean()), rel=0.5)
+
+
+@every_case
+def test_one_cell_and_one_gene(name, rich, adata):
+    one = rich[np.zeros(2 if name in TWICE else 1, dtype=int)]
+    fit = fitted(name, one, epochs=2, minibatch_size=8)
+    assert np.isfinite(fit.history["train"]).all()
+    assert pyrosc.impute(fit, one, n_draws=2).mean.shape == (len(one), 40)
+    gene = from_anndata(adata[np.asarray(adata.X[:, 5].todense()).ravel() > 0, [5]].copy(), batch_key="batch")
+    fit = fitted(name, gene, epochs=2)
+    assert np.isfinite(fit.history["train"]).all()
+    np.testing.assert_allclose(pyrosc.impute(fit, gene, n_draws=2).mean, 1, atol=1e-6)
+    assert np.isfinite(pyrosc.log_likelihood(fit, gene, 2).nats).all()
+
+
+@every_case
+def test_an_empty_cell_has_a_finite_loss_and_gradients(name, rich):
+    few = rich[np.arange(5)]
+    x = few.x.tolil()
+    x[2] = 0
+    empty = type(few)(**{**vars(few), "x": x.tocsr()})
+    assert empty.library[2] == 0
+    loss, parameters = loss_of(name, CASES[name](rich), empty)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in parameters.values())
+
+
+@every_case
+def test_save_and_load(name, fit, rich, tmp_path):
+    few = per_cell(name, fit, rich)
+    fit.save(tmp_path / "fit")
+    model, guide = (None, None) if name.startswith("vae") else CASES[name](rich)
+    again = pyrosc.load(tmp_path / "fit", model, guide)
+    assert pairs.same_bits(fit, again)
+    for ask in (
+        lambda f: pyrosc.impute(f, few, n_draws=2).mean,
+        lambda f: pyrosc.log_likelihood(f, few, 2).nats,
+        lambda f: pyrosc.posterior_predictive(f, few, 1)[0].toarray(),
+    ):
+        assert np.array_equal(ask(fit), ask(again))
+
+
+@every_case
+def test_two_fits_live_beside_each_other(name, fit, rich, vae_fit, data):
+    few = per_cell(name, fit, rich)
+    ask = lambda f, d: torch.cat([drawn["rho"] for drawn in pyrosc.draws(f, d, "rho", n_draws=2)], 1)
+    ours, theirs = ask(fit, few), ask(vae_fit, data)
+    other = fitted(name, rich, seed=5, epochs=1)
+    turns = list(
+        zip(
+            pyrosc.draws(fit, few, "rho", n_draws=2),
+            pyrosc.draws(vae_fit, data, "rho", n_draws=2),
+            pyrosc.draws(other, few, "rho", n_draws=2),
+            strict=True,
+        )
+    )
+    assert torch.equal(torch.cat([a["rho"] for a, _, _ in turns], 1), ours)
+    assert torch.equal(torch.cat([b["rho"] for _, b, _ in turns], 1), theirs)
+    assert not torch.equal(torch.cat([c["rho"] for _, _, c in turns], 1), ours)
