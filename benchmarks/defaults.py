@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import common
 import numpy as np
+import torch
 
 import pyrosc
 
@@ -102,12 +103,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/defaults.json; none for --smoke"
     )
+    parser.add_argument("--threads", type=int, help="of torch; on a busy machine 1 is many times faster")
     parser.add_argument("--smoke", action="store_true", help="toy counts, two epochs")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     record = common.commit() | {
         "versions": common.versions("pyrosc", "torch", "pyro-ppl", "scanpy", "numpy"),
         "machine": common.machine(),

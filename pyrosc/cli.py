@@ -36,7 +36,7 @@ LOSSES, SPACE, IMPUTED, VOLCANO = "losses.png", "latent_space.png", "markers.png
 FILES = {
     SUMMARY: "this text",
     "fit/": 'the fitted model: pyrosc.load("fit")',
-    CELLS: f'the cells, annotated: obsm["X_vae"], layers["imputed"], obs["cluster"]; obs["{LABELS}"] was given',
+    CELLS: 'the cells, with obsm["X_vae"], layers["imputed"] (shares of the counts), obs["cluster"]',
     TABLE: "each gene in each cell type against the rest",
     LOSSES: "the losses while fitting",
     SPACE: "the latent space in two dimensions (t-SNE), by known label and by cluster",
@@ -202,7 +202,7 @@ def _claim(output: Path) -> None:
 def _annotated(
     adata: AnnData, fit: Fit, data: Counts, imputation: Imputation, test: np.ndarray, seed: int
 ) -> AnnData:
-    """Return a copy with the latent space, its layout, its clusters, the imputed shares, and who was held out."""
+    """Return a copy with the latent space, its layout and clusters, imputed shares, and who was held out."""
     adata = adata.copy()
     z = latent(fit, data)
     adata.obsm["X_vae"] = z
@@ -240,13 +240,13 @@ def _write(output: Path, found: _Findings, data: Counts) -> None:
 
 def _summary(found: _Findings, output: Path, seconds: float) -> str:
     """Say what was found."""
-    adata, fitted = found.adata, found.fit.settings
-    kinds = adata.obs[LABELS].cat.categories
+    adata, fit = found.adata, found.fit
+    n_fitted = adata.n_obs - len(found.held_out.nats)
     parts = [
         f"{TITLE}: {adata.n_obs} blood cells x {adata.n_vars} genes of one donor (Zheng et al. 2017), "
-        f"{len(kinds)} known cell types",
-        f"A VAE was fitted to {adata.n_obs - len(found.held_out.nats)} of the cells in {len(found.fit.history)} "
-        f"epochs (kept: epoch {fitted['best_epoch'] + 1}) without seeing their types; all took {seconds:.0f} s.",
+        f"{len(adata.obs[LABELS].cat.categories)} known cell types",
+        f"A VAE was fitted to {n_fitted} of the cells, without their types, in {len(fit.history)} epochs "
+        f"(kept: {fit.settings['best_epoch'] + 1}). All took {seconds:.0f} s.",
         _held_out_text(found),
         _clusters_text(found),
         _genes_text(found),
@@ -260,11 +260,12 @@ def _held_out_text(found: _Findings) -> str:
     model, alike = found.held_out, found.held_out_baseline
     gain = model.nats - alike.nats
     error = gain.std(ddof=1) / np.sqrt(len(gain))
+    better = f"+- {error:.1f} (standard error); above 0 in {(gain > 0).mean():.0%} of the cells"
     return f"""\
-Does it describe cells that it has not seen? Log likelihood of the {len(gain)} held-out cells, nats per cell:
-  VAE                            {model.mean:9.1f}   ({model.n_draws} draws a cell: a lower bound)
+Does it describe cells that it has not seen? Mean log likelihood of {len(gain)} held-out cells, nats per cell:
+  VAE                            {model.mean:9.1f}   (from {model.n_draws} draws a cell; a lower bound)
   no structure: all cells alike  {alike.mean:9.1f}
-  gain                           {gain.mean():+9.1f}   +- {error:.1f} (standard error); above 0 for {(gain > 0).mean():.0%} of the cells"""
+  gain                           {gain.mean():+9.1f}   {better}"""
 
 
 def _clusters_text(found: _Findings) -> str:
@@ -292,8 +293,9 @@ def _genes_text(found: _Findings) -> str:
         lines.append(f"  {group} ({sizes[group]} cells; {counts}):\n    {', '.join(up.gene[:8]) or 'none'}")
     return "\n".join(
         [
-            "Genes that differ in a cell type against the rest, at an expected false discovery rate of 5 %; first",
-            "those that are higher with the largest certain change. One donor: nothing is said about others.",
+            "Which genes differ in a cell type against the rest? Calls at an expected FDR of 5 %; named",
+            "are the genes that are higher by the largest amount that is sure. The labels came from",
+            "expression, so this shows what defines a label; and one donor says nothing about others.",
             *lines,
         ]
     )

@@ -205,10 +205,9 @@ class Counts:
         parts += [f"covariates {[*s.categorical, *s.continuous]}"] * bool([*s.categorical, *s.continuous])
         return f"Counts({', '.join(parts)})"
 
-    def __getitem__(self, rows: np.ndarray) -> "Counts":
-        """Select cells by an array of rows (which may repeat) or by a mask."""
-        rows = np.asarray(rows)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+    def __getitem__(self, rows: np.ndarray | Sequence[int] | slice) -> "Counts":
+        """Select cells by a slice, a mask, or an array of rows, which may repeat."""
+        rows = np.atleast_1d(np.arange(self.n_cells)[rows])
         return replace(
             self,
             x=self.x[rows],
@@ -402,7 +401,7 @@ def _checked(matrix: Any, where: str) -> sp.csr_array:
         raise ValueError(msg)
     x = sp.csr_array(matrix)
     _check_values(x.data, where)
-    x = x.astype(np.float32) if x is not matrix else x.astype(np.float32, copy=True)
+    x = x.astype(np.float32)  # a copy, which the next two lines change
     x.sum_duplicates()
     x.eliminate_zeros()
     return x

@@ -16,12 +16,14 @@ __all__ = ["NoStructure", "baseline"]
 
 
 class NoStructure(nn.Module):
-    r"""A baseline: all cells are alike, but for their totals. For cell n and gene g::
+    r"""A baseline: all cells are alike, but for their totals.
+
+    For cell n and gene g::
 
         x_ng ~ NB(l_n rho_g, theta_g),    l_n = sum_g x_ng,    rho = softmax(log_share)
 
-    Nothing is latent, so the ELBO is the log likelihood and a fit is of maximum likelihood. What another model
-    gains on it in held-out nats per cell is what that model found out about differences between cells.
+    Nothing is latent, so the ELBO is the log likelihood and a fit is of maximum likelihood. What another
+    model gains on it in held-out nats per cell is what that model found out about differences between cells.
 
     Parameters
     ----------
@@ -77,8 +79,8 @@ def baseline(data: Counts | AnnData, **settings: Any) -> Fit:
     data
         Counts, or an AnnData with counts in X: the cells that the model to be judged was fitted to.
     settings
-        Of :func:`~pyrosc.fit_svi`. By default some 100 steps with a learning rate of 0.05, up to 4096 cells in
-        each, and no cell kept out (``validation=0``): within 0.01 nats per cell of the maximum.
+        Of :func:`~pyrosc.fit_svi`. By default some 100 steps with a learning rate of 0.05, up to 4096 cells
+        in each, and no cell kept out (``validation=0``): within 0.01 nats per cell of the maximum.
 
     Returns
     -------

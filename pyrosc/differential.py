@@ -1,7 +1,8 @@
 """Differential expression: which genes differ between groups of cells, by how much, and how sure that is.
 
-`compare` knows only distributions of log2 fold changes; `differential_expression` gets them from counts or from
-a fit. Fold changes are log2, probabilities are posterior, false discoveries are counted over all rows.
+`compare` knows only distributions of log2 fold changes; `differential_expression` gets them from
+counts or from a fit. Fold changes are log2, probabilities posterior; false discoveries are counted over all
+rows together.
 """
 
 from collections.abc import Sequence
@@ -64,8 +65,8 @@ def compare(
     *,
     delta: Number = 0.25,
     fdr: Number = 0.05,
-    interval: float = 0.9,
-    prior_de: float | None = None,
+    interval: Number = 0.9,
+    prior_de: Number | None = None,
 ) -> pd.DataFrame:
     """Summarise distributions of log2 fold changes, and call genes at a false discovery rate.
 
@@ -120,8 +121,8 @@ def compare(
 def summarise(
     lfc: Float[ndarray, "draws genes"] | Posterior,
     delta: Number = 0.25,
-    interval: float = 0.9,
-    prior_de: float | None = None,
+    interval: Number = 0.9,
+    prior_de: Number | None = None,
 ) -> pd.DataFrame:
     """Return what :func:`compare` does of each gene by itself, and its `error`: tables to be put together.
 
@@ -151,7 +152,7 @@ def summarise(
             "p_down": down,
             "p_equivalent": np.maximum(0, 1 - up - down),
             "p_de": np.minimum(1, up + down),
-            "bayes_factor": _log_odds(up + down, least) - _log_odds(np.array(prior), 1e-9),
+            "bayes_factor": _log_odds(up + down, least) - _log_odds(prior, 1e-9),
             "error": np.maximum(least, 1 - np.maximum(up, down)),
         }
     )
@@ -172,14 +173,14 @@ def differential_expression(
     fit: Fit,
     data: Counts | anndata.AnnData,
     *,
-    groupby: str | Sequence[Any] | ndarray | pd.Series,
+    groupby: Any,
     group: Any = None,
     reference: Any = "rest",
     estimand: str = "mean",
     delta: Number = 0.25,
     fdr: Number = 0.05,
     batch: str | None = "average",
-    interval: float = 0.9,
+    interval: Number = 0.9,
     n_draws: int = 2000,
     site: str = "rho",
     parallel: bool = True,
@@ -302,13 +303,10 @@ def differential_expression(
         arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
         lfc: ndarray | Posterior
         if estimand == "cell":
-            rows = [
-                np.flatnonzero(side)
-                for side in (codes == a, (codes >= 0) & (codes != a) if b < 0 else codes == b)
-            ]
-            lfc, shares = _cells(
-                fit, data, rows, n_draws, batch, site, parallel=parallel, seed=[seed, a, b + 1]
-            )
+            theirs = (codes >= 0) & (codes != a) if b < 0 else codes == b
+            rows = np.flatnonzero(codes == a), np.flatnonzero(theirs)
+            seeds = [seed, a, b + 1]
+            lfc, shares = _cells(fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds)
         else:
             arm, other = _comparable(arm, other, batch, batches)
             lfc, shares = shrink(likelihood(arm, other)), [v.x.sum(0) / v.l.sum() for v in (arm, other)]
@@ -328,7 +326,7 @@ def _raw(a: Arm, b: Arm, shares: Sequence[ndarray]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _check_numbers(delta: Number, fdr: Number, interval: float) -> None:
+def _check_numbers(delta: Number, fdr: Number, interval: Number) -> None:
     if not 0 <= delta < np.inf:
         msg = f"delta is a log2 fold change of at least 0, not {delta!r}"
         raise ValueError(msg)
@@ -351,7 +349,7 @@ def _check_question(fit: Fit, estimand: str, batch: str | None, n_draws: int) ->
         raise ValueError(msg)
 
 
-def _log_odds(p: ndarray, least: float) -> ndarray:
+def _log_odds(p: Any, least: float) -> Any:
     p = np.clip(p, least, 1 - least)
     return np.log(p) - np.log1p(-p)
 

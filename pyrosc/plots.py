@@ -5,6 +5,7 @@ read or changed. To keep a picture: ``plots.history(fit).figure.savefig("history
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import anndata
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path
 from matplotlib.ticker import NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, BboxBase
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -31,8 +32,10 @@ PALETTE = (BLUE, "#E69F00", GREEN, "#CC79A7", SKY, ORANGE, "#332288", "#999933",
 MARKERS = "os^Dv"
 GREY = "0.6"
 
+Number = float | int  # beartype does not take 5 for a float
 
-def _axes(ax: Axes | None, width: float, height: float) -> Axes:
+
+def _axes(ax: Axes | None, width: Number, height: Number) -> Axes:
     """Return `ax`, or the axes of a new figure of a size in inches."""
     if ax is None:
         ax = Figure(figsize=(width, height), layout="constrained").subplots()
@@ -72,7 +75,8 @@ def history(fit: Fit, *, ax: Axes | None = None) -> Axes:
 
 def _kl(ax: Axes, losses: pd.DataFrame, epoch: pd.Index, kept: int) -> None:
     """Draw the KL of each site below `ax`; a site whose KL is always zero is an observed one."""
-    sites = [name for name in losses if name.startswith("kl_") and name != "kl_weight" and losses[name].any()]
+    names = [str(name) for name in losses.columns if name != "kl_weight"]
+    sites = [name for name in names if name.startswith("kl_") and losses[name].any()]
     if not sites:
         ax.set_xlabel("epoch")
         return
@@ -97,9 +101,9 @@ def _lower_third(ax: Axes) -> Axes:
         x, y, width, height = ax.get_position().bounds
         ax.set_position((x, y + 0.4 * height, width, 0.6 * height))
         return figure.add_axes((x, y, width, 0.3 * height), sharex=ax)
-    upper, lower = spec.subgridspec(2, 1, height_ratios=(2, 1))
-    ax.set_subplotspec(upper)
-    return figure.add_subplot(lower, sharex=ax)
+    two = spec.subgridspec(2, 1, height_ratios=(2, 1))
+    ax.set_subplotspec(two[0])
+    return figure.add_subplot(two[1], sharex=ax)
 
 
 def _zoom(ax: Axes, losses: pd.DataFrame) -> None:
@@ -127,21 +131,20 @@ def layout(latent: Float[np.ndarray, "cells latent"], *, seed: int = 0) -> Float
         float32. Of t-SNE only who is near to whom has a meaning: no distance between groups has.
     """
     n, width = latent.shape
-    if width <= 2:
-        flat = np.pad(latent, ((0, 0), (0, 2 - width)))
-    elif n < 20:
-        flat = np.pad(
-            components := PCA(min(2, n)).fit_transform(latent), ((0, 0), (0, 2 - components.shape[1]))
-        )
-    else:
+    if width > 2 and n >= 20:
         perplexity = min(30.0, (n - 1) / 4)
-        flat = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(latent)
-    return flat.astype(np.float32)
+        return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(latent)
+    flat = np.zeros((n, 2), np.float32)
+    if width <= 2 or n == 1:
+        flat[:, :width] = latent[:, :2]
+    else:
+        flat[:] = PCA(2).fit_transform(latent)
+    return flat
 
 
 def embedding(
     xy: Float[np.ndarray, "cells 2"],
-    labels: Sequence[object] | pd.Series | np.ndarray,
+    labels: Any,
     *,
     title: str = "",
     ax: Axes | None = None,
@@ -153,7 +156,8 @@ def embedding(
     xy
         Places of the cells, e.g. of :func:`layout`.
     labels
-        A label for each cell; categories keep their order, others are sorted. Missing ones are grey.
+        A label for each cell: a Series, an array or a list. Categories keep their order, others are sorted;
+        missing ones are grey.
     title
         Of the axes.
     ax
@@ -172,11 +176,12 @@ def embedding(
     size = float(np.clip(12000 / max(1, len(xy)), 2, 22))
     if (known.codes < 0).any():
         missing = xy[known.codes < 0]
-        ax.scatter(*missing.T, s=size, c=GREY, lw=0, label=f"unlabelled ({len(missing)})")
+        ax.scatter(missing[:, 0], missing[:, 1], s=size, c=GREY, lw=0, label=f"unlabelled ({len(missing)})")
     for i, name in enumerate(known.categories):
         mine = xy[known.codes == i]
         ax.scatter(
-            *mine.T,
+            mine[:, 0],
+            mine[:, 1],
             s=size,
             c=PALETTE[i % len(PALETTE)],
             marker=MARKERS[(i // len(PALETTE) + i) % len(MARKERS)],
@@ -202,15 +207,15 @@ def imputed_against_observed(
     groupby: str,
     genes: Sequence[str],
     *,
-    per: float = 1000.0,
+    per: Number = 1000,
     axes: Sequence[Axes] | np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
     """Draw what was counted of marker genes, and what a fit makes of it, in each group of cells.
 
     For each group two rows of dots, one for each cell: above, in grey, the counts observed, divided by the
-    cell's total; below, in blue, the imputed expression. Black and blue strokes are the means of each row; the
-    blue bar is the posterior interval of a cell, averaged over the group's cells.
+    cell's total; below, in blue, the imputed expression. Black and blue strokes are the means of each row;
+    the blue bar is the posterior interval of a cell, averaged over the group's cells.
 
     Parameters
     ----------
@@ -258,7 +263,7 @@ def imputed_against_observed(
         for i, _ in enumerate(groups.categories):
             mine = groups.codes == i
             _row(ax, i, per * (counted / data.library)[mine], [per * part[mine] for part in imputed], rng)
-        _finish(ax, gene, groups.categories, per)
+        _finish(ax, gene, [str(name) for name in groups.categories], per)
     return np.asarray(axes)
 
 
@@ -279,14 +284,15 @@ def _check_markers(imputation: Imputation, data: Counts, groupby: str, genes: Se
 
 
 def _panels(n: int, n_groups: int) -> np.ndarray:
-    """Return the axes of a new figure, up to five in a row, names of groups at the left only, and a legend."""
+    """Return the axes of a new figure with a legend, up to five in a row, names of groups at the left."""
     rows = max(1, -(-n // 5))
     columns = max(1, -(-n // rows))
     figure = Figure(figsize=(2.6 + 2.2 * columns, 0.6 + rows * (0.9 + 0.34 * n_groups)), layout="constrained")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for ax in axes[n:]:
         ax.remove()
-    dot, stroke = {"marker": "o", "ls": "", "ms": 4}, {"marker": "|", "ls": "", "ms": 11, "mew": 2.2}
+    dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 4}
+    stroke: dict[str, Any] = {"marker": "|", "ls": "", "ms": 11, "mew": 2.2}
     handles = [
         Line2D([], [], color=GREY, label="observed, a cell", **dot),
         Line2D([], [], color="black", label="observed, mean", **stroke),
@@ -304,7 +310,7 @@ def _row(
     """Draw a group: observed above the line `at`, imputed below, the y axis pointing down."""
     mean, lower, upper = imputed
     up, down = (at + centre + rng.uniform(-0.13, 0.13, len(mean)) for centre in (-0.2, 0.2))
-    dots = {"s": 5, "lw": 0, "rasterized": True}
+    dots: dict[str, Any] = {"s": 5, "lw": 0, "rasterized": True}
     ax.scatter(observed, up, c=GREY, alpha=0.6, **dots)
     ax.scatter(mean, down, c=SKY, alpha=0.6, **dots)
     ax.plot([observed.mean()] * 2, [at - 0.38, at - 0.02], color="black", lw=2.2)
@@ -312,7 +318,7 @@ def _row(
     ax.plot([mean.mean()] * 2, [at + 0.02, at + 0.38], color=BLUE, lw=2.2)
 
 
-def _finish(ax: Axes, gene: str, names: Sequence[str], per: float) -> None:
+def _finish(ax: Axes, gene: str, names: list[str], per: Number) -> None:
     ax.set_xscale("symlog", linthresh=1, linscale=0.6)
     ax.set_xlim(left=-0.15)
     high = ax.get_xlim()[1]
@@ -386,26 +392,24 @@ def _label(ax: Axes, points: np.ndarray, which: np.ndarray, names: np.ndarray) -
     leaders: list[Path] = []
     for i in which:
         text = ax.annotate(names[i], points[i], (0, 0), textcoords="offset points", fontsize=9, zorder=5)
-        size = text.get_window_extent().size + 2 * per_point
-        places = []
+        width, height = np.add(text.get_window_extent().size, 2 * per_point)
+        places: list[tuple[Any, ...]] = []
         for dx, dy in _offsets(outward=1 if points[i, 0] >= 0 else -1):
-            left = pixels[i, 0] + dx * per_point - size[0] * (dx < 0)
-            box = Bbox.from_bounds(left, pixels[i, 1] + dy * per_point - size[1] / 2, *size)
+            left = pixels[i, 0] + dx * per_point - width * (dx < 0)
+            box = Bbox.from_bounds(left, pixels[i, 1] + dy * per_point - height / 2, width, height)
             leader = Path([pixels[i], np.clip(pixels[i], box.min, box.max)])
-            clashes = (
-                box.count_overlaps(boxes)
-                + sum(leader.intersects_bbox(other) for other in boxes)
-                + sum(other.intersects_bbox(box) or other.intersects_path(leader) for other in leaders)
-                + (not _holds(inside, box))
+            clashes = box.count_overlaps(boxes) + (not _holds(inside, box))
+            crossed = sum(leader.intersects_bbox(other) for other in boxes) + sum(
+                other.intersects_bbox(box) or other.intersects_path(leader) for other in leaders
             )
-            cost = box.count_contains(pixels) + np.hypot(dx, dy) / 20
-            places.append((clashes, cost, len(places), dx, dy, box, leader))
+            cost = 3 * box.count_contains(pixels) + np.hypot(dx, dy) / 20
+            places.append((clashes, crossed, cost, len(places), dx, dy, box, leader))
         *_, dx, dy, box, leader = min(places)
         boxes.append(box)
         leaders.append(leader)
         text.set(position=(dx, dy), ha="left" if dx > 0 else "right", va="center")
         line = ax.transData.inverted().transform(leader.vertices)
-        ax.plot(*line.T, color="0.5", lw=0.6, zorder=2, scalex=False, scaley=False)
+        ax.plot(*line.T, color="0.4", lw=0.7, zorder=2, scalex=False, scaley=False)
 
 
 def _offsets(outward: int) -> list[tuple[float, float]]:
@@ -413,11 +417,11 @@ def _offsets(outward: int) -> list[tuple[float, float]]:
     angles = np.deg2rad([0, 35, -35, 65, -65])
     return [
         (side * radius * np.cos(angle), radius * np.sin(angle))
-        for radius in (6.0, 12.0, 20.0, 30.0, 44.0, 60.0)
+        for radius in (6.0, 12.0, 20.0, 30.0, 44.0, 60.0, 80.0, 104.0, 132.0)
         for side in (outward, -outward)
         for angle in angles
     ]
 
 
-def _holds(outer: Bbox, box: Bbox) -> bool:
-    return outer.x0 <= box.x0 and box.x1 <= outer.x1 and outer.y0 <= box.y0 and box.y1 <= outer.y1
+def _holds(outer: BboxBase, box: BboxBase) -> bool:
+    return bool(np.all(outer.min <= box.min) and np.all(box.max <= outer.max))

@@ -156,11 +156,10 @@ def likelihood(a: Arm, b: Arm) -> Float[ndarray, "genes points"]:
     odds = a.l[:, None] * 2.0**LFC
     p = odds / np.maximum(odds + b.l[:, None], 1e-300)
     pq = p * (1 - p)
-    both = (a.cells > 0) & (b.cells > 0)
-    p, pq, x = p[both], pq[both], (a.x + b.x)[both]
+    x = a.x + b.x
     information = x.T @ pq
-    variance = information + (x**2 * (extra[0] + extra[1])[both]).T @ pq**2
-    score = a.x[both].T @ (1 - p) - b.x[both].T @ p
+    variance = information + (x**2 * (extra[0] + extra[1])).T @ pq**2
+    score = a.x.T @ (1 - p) - b.x.T @ p
     slope = np.log(2) * score * information / np.maximum(variance, 1e-300)
     rise = (slope[:, 1:] + slope[:, :-1]) * (_STEP / 2)
     log = np.concatenate([np.zeros((len(slope), 1)), rise.cumsum(1)], 1)

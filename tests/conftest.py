@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    # Pyro's distributions are generic over typing.Callable, of which beartype warns wherever one is annotated.
+    # Pyro's distributions are generic over typing.Callable, of which beartype warns wherever it meets one.
     warning = "beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
     config.addinivalue_line("filterwarnings", f"ignore:.*typing.Callable deprecated:{warning}")
 

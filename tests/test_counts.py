@@ -272,7 +272,7 @@ def test_missing_genes_are_named():
     schema = from_anndata(adata_of()).schema
     few = adata_of(X + 1)[:, ["g1", "g2"]].copy()
     for asked in (few, from_anndata(few)):
-        with pytest.raises(ValueError, match="1 of the fit's 3 genes.*g0"):
+        with pytest.raises(ValueError, match=r"1 of the fit's 3 genes.*g0"):
             as_counts(asked, schema)
 
 
@@ -304,7 +304,7 @@ def test_unknown_categories_are_named_but_unknown_labels_are_unlabelled():
     other = adata.copy()
     other.obs["batch"] = ["a", "b", "zz", "a"]
     for asked in (other, from_anndata(other, **keys)):
-        with pytest.raises(ValueError, match="batch.*zz.*a, b"):
+        with pytest.raises(ValueError, match=r"batch.*zz.*a, b"):
             as_counts(asked, schema)
     other = adata.copy()
     other.obs["type"] = ["T", "new", "B", None]

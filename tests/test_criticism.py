@@ -21,19 +21,25 @@ def counts_of_equal_totals():
     return np.column_stack([x, 300 - x.sum(1)])
 
 
+def nats(counts, theta):
+    return stats.nbinom(theta, theta / (theta + counts.mean())).logpmf(counts)
+
+
+def likeliest_theta(counts):
+    loss = lambda log_theta: -nats(counts, np.exp(log_theta)).sum()
+    return np.exp(minimize_scalar(loss, bounds=(-5, 8), method="bounded").x)
+
+
 def test_the_baseline_is_the_maximum_likelihood_of_scipy(counts_of_equal_totals):
     x = counts_of_equal_totals
     fit = baseline(AnnData(x.astype(np.float32)), epochs=400, progress=False)
     shares = fit.program.log_share.softmax(-1).detach().numpy()
     theta = fit.program.log_inverse_dispersion.exp().detach().numpy()
-    # With equal totals the maximum likelihood mean is the sample's, whatever theta is, and the shares sum to 1.
+    # With equal totals the likeliest mean is the sample's, whatever theta is, and such shares sum to 1.
     np.testing.assert_allclose(shares, x.mean(0) / 300, rtol=1e-3)
-    total = np.zeros(len(x))
-    for g in range(4):
-        nats = lambda log_theta: stats.nbinom(np.exp(log_theta), 1 / (1 + x[:, g].mean() / np.exp(log_theta)))
-        best = minimize_scalar(lambda t: -nats(t).logpmf(x[:, g]).sum(), bounds=(-5, 8), method="bounded")
-        np.testing.assert_allclose(theta[g], np.exp(best.x), rtol=5e-3)
-        total += nats(best.x).logpmf(x[:, g])
+    likeliest = [likeliest_theta(counts) for counts in x.T]
+    np.testing.assert_allclose(theta, likeliest, rtol=5e-3)
+    total = sum(nats(counts, best) for counts, best in zip(x.T, likeliest, strict=True))
     held_out = pyrosc.log_likelihood(fit, AnnData(x.astype(np.float32)), n_draws=1)
     np.testing.assert_allclose(held_out.nats, total, atol=0.02)
 

@@ -39,10 +39,8 @@ def decoded(vae, z, c):
 
 
 def log_p_counts(name, x, mean, theta, gate):
-    if name in ("poisson", "zip"):
-        base = stats.poisson(mean)
-    else:
-        base = stats.nbinom(theta, theta / (theta + mean))
+    poisson = name in ("poisson", "zip")
+    base = stats.poisson(mean) if poisson else stats.nbinom(theta, theta / (theta + mean))
     log_p = base.logpmf(x)
     if name in ("zip", "zinb"):
         zero = np.log(expit(gate) + expit(-gate) * base.pmf(0))

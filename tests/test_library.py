@@ -67,5 +67,5 @@ def test_library_by_name(data):
     p, q = library_of("latent", data, Covariates(), (8,), **parts)
     assert isinstance(p, LatentLibrary)
     assert q(cells_of(data)).batch_shape == (6, 1)
-    with pytest.raises(ValueError, match='"observed" or "latent".*free'):
+    with pytest.raises(ValueError, match=r'"observed" or "latent".*free'):
         library_of("free", data, Covariates(), (8,), **parts)

@@ -37,7 +37,7 @@ def test_normalisation_by_name():
     assert isinstance(normalisation("layer", 3), nn.LayerNorm)
     assert isinstance(normalisation("batch", 3), BatchNorm)
     assert isinstance(normalisation(None, 3), nn.Identity)
-    with pytest.raises(ValueError, match='"layer", "batch" or None.*group'):
+    with pytest.raises(ValueError, match=r'"layer", "batch" or None.*group'):
         normalisation("group", 3)
 
 

@@ -104,7 +104,7 @@ def test_users_programs_come_back_with_their_model_and_guide(data, tmp_path):
         # What was passed is left as it was.
         for m, state in zip(modules, before, strict=True):
             assert all(torch.equal(t, state[k]) for k, t in m.state_dict().items()), name
-        with pytest.raises(ValueError, match="model=.*guide="):
+        with pytest.raises(ValueError, match=r"model=.*guide="):
             pyrosc.load(tmp_path / name)
 
 
@@ -262,7 +262,7 @@ class CrashError(Exception):
 
 
 def calls_of_saving(fit, place, monkeypatch, crash_at):
-    """Save, and raise at the n-th point before or after a call that touches the disk; return how many there are."""
+    """Save, and raise at the n-th point before or after touching the disk; return how many there are."""
     count = 0
 
     def point():

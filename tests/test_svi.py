@@ -292,6 +292,23 @@ def test_the_validation_loss_is_the_negative_elbo_of_the_kept_parameters(data):
     assert best == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_global_kl_is_shared_by_the_training_cells_in_both_losses(data):
+    """Else a hundredth of the cells would be charged with the whole of it."""
+
+    def model(cells):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        bias = pyro.param("bias", lambda: torch.zeros(40))
+        with plate(cells):
+            rate = cells.library * torch.softmax(bias + 0 * w, -1)
+            pyro.sample("x", dist.Poisson(rate).to_event(1), obs=cells.x)
+
+    guide = lambda cells: pyro.sample("w", dist.Normal(300.0, 1.0))
+    fit = fit_svi(model, data, guide=guide, elbo=TraceMeanField_ELBO, **QUICK)
+    np.testing.assert_allclose(fit.history["kl_w"], 300**2 / 2 / 180, rtol=1e-4)
+    last = fit.history.iloc[-1]
+    assert last["validation"] == pytest.approx(last["train"], rel=0.3)
+
+
 def test_progress_is_silent_when_not_wanted(data, capfd):
     fit_svi(tiny(data), data, **QUICK)
     out, err = capfd.readouterr()
@@ -565,7 +582,7 @@ def test_settings_out_of_range_are_named(data, settings):
 
 
 def test_no_guide_no_model_and_nothing_to_train(data):
-    with pytest.raises(TypeError, match="guide=.*AutoNormal"):
+    with pytest.raises(TypeError, match=r"guide=.*AutoNormal"):
         fit_svi(pairs.global_model(40), data, **QUICK)
     with pytest.raises(TypeError, match="callable"):
         fit_svi(3, data, **QUICK)
