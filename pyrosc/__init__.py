@@ -1,16 +1,17 @@
 """Pyro generative models for single-cell RNA counts.
 
-AnnData -> Counts -> Cells (a minibatch) -> model, guide -> ELBO -> Fit -> draws -> array or table -> AnnData.
-
 AnnData -> Counts -> Cells (a minibatch) -> model, guide -> ELBO -> Fit -> draws -> array, table -> AnnData.
+
+Axes: draws, cells, genes, latent, batches. A `batch` is the experimental batch; a training batch a `minibatch`.
 Symbols: x counts, z state of the cell, y component, l library size, rho shares of the genes, mu mean,
 theta inverse dispersion, pi zero inflation. Losses are in nats per cell, fold changes in log2.
 """
 
 __version__ = "0.1.0"
 
-from pyrosc import datasets, distributions
+from pyrosc import criticism, datasets, distributions
 from pyrosc.counts import Cells, Counts, from_anndata
+from pyrosc.differential import compare, differential_expression
 from pyrosc.models import VAE
 from pyrosc.persist import load
 from pyrosc.posterior import (
@@ -31,7 +32,10 @@ __all__ = [
     "Fit",
     "Imputation",
     "LogLikelihood",
+    "compare",
+    "criticism",
     "datasets",
+    "differential_expression",
     "distributions",
     "draws",
     "fit_svi",

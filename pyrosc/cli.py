@@ -121,7 +121,7 @@ def demo(output: Path, *, epochs: int | None = None, smoke: bool = False, seed: 
     epochs
         Of the VAE; by default chosen from the data.
     smoke
-        Take fewer draws: figures are rough.
+        Take fewer draws, and fewer steps for the baseline: figures are rough.
     seed
         Of the split into training and test cells, of the fit and of the clusters.
 
@@ -144,7 +144,7 @@ def demo(output: Path, *, epochs: int | None = None, smoke: bool = False, seed: 
     _say(f"1/4 fitting a VAE to {len(train)} cells")
     fit = fit_svi(VAE.for_data(data[train], seed=seed), data[train], epochs=epochs, seed=seed)
     _say("2/4 fitting the baseline, in which all cells are alike")
-    alike = baseline(data[train], seed=seed)
+    alike = baseline(data[train], seed=seed, **({"epochs": 2} if smoke else {}))
     _say("3/4 asking: held-out cells, latent space, imputation, differential expression")
     n_draws = 5 if smoke else 100
     imputation = impute(fit, data, n_draws=n_draws // 2)

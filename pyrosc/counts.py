@@ -140,8 +140,8 @@ class Resident:
 
     def minibatches(self, size: int) -> Iterator[Cells]:
         """Yield all rows in their order, `size` at a time."""
-        for rows in torch.arange(len(self), device=self.start.device).split(size):
-            yield self.cells(rows)
+        for start in range(0, len(self), size):  # none at all where there are no rows
+            yield self.cells(torch.arange(start, min(start + size, len(self)), device=self.start.device))
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,12 @@ class Counts:
         batch_key = schema.batch_key or "batch"
         if schema.batch_key is None:
             batch = np.zeros(self.n_cells, np.int64)
+        elif self.schema.batch_key is None:
+            msg = (
+                f"the fit knows the batches of {batch_key!r}, which this data was read without: "
+                "read it with from_anndata(..., batch_key=...)"
+            )
+            raise ValueError(msg)
         else:
             batch = _recode(self.batch, self.schema.batches, schema.batches, batch_key)
         labels = _recode(self.labels, self.schema.labels, schema.labels, schema.labels_key, unknown_ok=True)
@@ -399,7 +405,8 @@ def _checked(matrix: Any, where: str) -> sp.csr_array:
     if 0 in matrix.shape:
         msg = f"no data: {where} has {matrix.shape[0]} cells and {matrix.shape[1]} genes"
         raise ValueError(msg)
-    x = sp.csr_array(matrix)
+    # scipy has no sparse float16; whole numbers survive the step up.
+    x = sp.csr_array(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
     _check_values(x.data, where)
     x = x.astype(np.float32)  # a copy, which the next two lines change
     x.sum_duplicates()

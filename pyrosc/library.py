@@ -39,7 +39,9 @@ class LatentLibrary(nn.Module):
     def for_data(cls, data: Counts) -> "LatentLibrary":
         """Read the moments off the data."""
         log_total = torch.as_tensor(data.library).log()
-        logs = [log_total[torch.as_tensor(data.batch == b)] for b in range(len(data.schema.batches))]
+        masks = [torch.as_tensor(data.batch == b) for b in range(len(data.schema.batches))]
+        # A batch without cells (the data may be a selection) has the moments of all.
+        logs = [log_total[mask] if mask.any() else log_total for mask in masks]
         return cls(
             torch.stack([log.mean() for log in logs]).float(),
             torch.stack([log.std(correction=0).clamp_min(0.01) for log in logs]).float(),

@@ -1,10 +1,9 @@
 """Likelihoods p(x given z) of counts: modules that turn a mean and features into a distribution."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch.distributions import Distribution
 from torch import Tensor, nn
 
 from pyrosc import distributions
@@ -19,7 +18,7 @@ class Likelihood(Protocol):
         mean: Float[Tensor, "*draws cells genes"],
         h: Float[Tensor, "*draws cells hidden"],
         batch: Int[Tensor, "cells"],
-    ) -> Distribution:
+    ) -> Any:  # a Pyro distribution
         """Return the distribution of the counts, batch shape (*draws, cells, genes)."""
         ...
 

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import tempfile
-from copy import deepcopy
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pyrosc import models
 from pyrosc.counts import Counts, Schema
-from pyrosc.programs import check_programs, isolated, modules_of, pair
+from pyrosc.programs import check_programs, copied, isolated, modules_of, own_parameters, pair
 from pyrosc.svi import Fit
 
 FORMAT = 1
@@ -39,7 +38,7 @@ def save(fit: Fit, directory: str | Path) -> None:
         raise FileExistsError(msg)
     record = {
         "format": FORMAT,
-        "program": _recipe(fit.program),
+        "program": _recipe(fit.program) if fit.separate_guide is None else None,
         "schema": _schema_to_json(fit.schema),
         "settings": fit.settings,
         "history": fit.history.to_dict("list"),
@@ -50,11 +49,13 @@ def save(fit: Fit, directory: str | Path) -> None:
     # Both files are written beside the target and moved there whole: a crash leaves the old fit or the new.
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
         save_file(
             {n: t.detach().cpu().contiguous().clone() for n, t in _tensors_of(fit).items()}, fresh / TENSORS
         )
         (fresh / RECORD).write_text(json.dumps(record, indent=1))
         for name in (TENSORS, RECORD):
+            (fresh / name).chmod(0o666 & ~_umask())  # safetensors too writes for the owner alone
             _flush(fresh / name)
         _replace(fresh, directory)
     finally:
@@ -94,14 +95,16 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     tensors = load_file(directory / TENSORS)
     schema = _schema_from_json(record["schema"])
     on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    program, separate_guide = _build(record["program"], schema) if model is None else deepcopy((model, guide))
+    program, separate_guide = _build(record["program"], schema) if model is None else copied(model, guide)
     for module in modules_of(program, separate_guide):
-        module.to(on)
+        module.to(on).eval()
+    _check_fit(_module_tensors(program, separate_guide), tensors, partly=True)
     params: dict[str, Any] = {"params": {}, "constraints": {}}
     with isolated(on, record["settings"]["seed"], params):
         # A run on a stand-in for the data makes the parameters that exist only once a program has run.
         cells = _stand_in(schema).on(on).cells(torch.zeros(1, dtype=torch.int64, device=on))
         check_programs(*pair(program, separate_guide), replace(cells, n_total=record["settings"]["n_train"]))
+        own_parameters(modules_of(program, separate_guide))
     fit = Fit(
         program,
         separate_guide,
@@ -117,25 +120,33 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
 
 def _tensors_of(fit: Fit) -> dict[str, Tensor]:
     """Return every tensor of a fit by a name of its own."""
-    modules = modules_of(fit.program, fit.separate_guide)
-    states = [(f"module{i}.{name}", t) for i, m in enumerate(modules) for name, t in m.state_dict().items()]
-    store = [(f"store.{name}", t) for name, t in fit.params["params"].items()]
-    return dict([*states, *store])
+    store = {f"store.{name}": t for name, t in fit.params["params"].items()}
+    return _module_tensors(fit.program, fit.separate_guide) | store
+
+
+def _module_tensors(*programs: Any) -> dict[str, Tensor]:
+    modules = modules_of(*programs)
+    return {f"module{i}.{name}": t for i, m in enumerate(modules) for name, t in m.state_dict().items()}
 
 
 def _fill(into: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Overwrite tensors with the saved ones of the same names."""
+    _check_fit(into, tensors)
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(tensors[name])
+
+
+def _check_fit(into: dict[str, Tensor], tensors: dict[str, Tensor], *, partly: bool = False) -> None:
+    """Raise unless names and shapes agree; `partly`: some of the model's may still be to come."""
     odd = [
         f"{name} {tuple(t.shape) if (t := tensors.get(name)) is not None else 'missing'}"
-        for name in into.keys() | tensors.keys()
+        for name in (into.keys() if partly else into.keys() | tensors.keys())
         if name not in into or name not in tensors or into[name].shape != tensors[name].shape
     ]
     if odd:
         msg = f"the saved parameters do not fit this model ({'; '.join(sorted(odd)[:5])}): build it as it was"
         raise ValueError(msg)
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(tensors[name])
 
 
 def _recipe(program: Any) -> dict[str, Any] | None:
@@ -177,6 +188,12 @@ def _schema_from_json(record: dict[str, Any]) -> Schema:
     return Schema(**tuples | {"categorical": {key: tuple(v) for key, v in record["categorical"].items()}})
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -185,8 +202,8 @@ def _flush(path: Path) -> None:
 def _replace(fresh: Path, directory: Path) -> None:
     """Put a directory in the place of another. Between the two renames the old one has the name `_old`."""
     old = _old(directory)
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
+    if directory.exists():  # otherwise `old` may be all that an earlier crash left
+        shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
     fresh.rename(directory)
     shutil.rmtree(old, ignore_errors=True)

@@ -373,8 +373,8 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
         xlabel=f"log2 fold change, {group} against {reference}",
         ylabel="evidence: |fold change| / its posterior sd",
     )
-    ax.margins(x=0.12, y=0.08)
-    ax.set_ylim(bottom=0)
+    ax.margins(x=0.12)
+    ax.set_ylim(0, 1.08 * evidence.max())
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, handletextpad=0.2)
     top = np.flatnonzero(called)[np.argsort(-evidence[called], kind="stable")][:n_labels]
     _label(ax, np.column_stack([lfc, evidence]), top, table.gene.to_numpy(dtype=str))

@@ -237,7 +237,8 @@ def impute(
     blocks = []
     for _, drawn in _stream(fit, data, sites, n_draws, list(codes), parallel=parallel, seed=seed):
         rho = drawn[site].mean(0)[..., columns]
-        value = rho * (drawn["l"].mean(0) if own else (library or 1.0))
+        l = drawn["l"].mean(0) if own else torch.tensor(library or 1.0)
+        value = rho * (l[..., None] if l.ndim == 2 else l)  # l may be (draws, cells) or (draws, cells, 1)
         lower, upper = _quantiles(value, tails)
         blocks.append([v.cpu().numpy() for v in (value.mean(0), value.std(0, correction=0), lower, upper)])
     units = {
@@ -336,7 +337,7 @@ def _stream(
     parallel: bool,
     seed: int,
 ) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
-    """Yield each minibatch and its draws, (batches, draws, cells, ...): in each batch the same latent draws."""
+    """Yield each minibatch and its draws, (batches, draws, cells, ...): each batch has the same latent draws."""
     _check_draws(n_draws)
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
         with fit.asking(_seed(seed, i)):
@@ -407,7 +408,15 @@ def _value(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
     site = trace.nodes[name]
     drawn = site["is_observed"] and not site["infer"].get("_deterministic")
     value = site["fn"].sample() if drawn else site["value"]
-    return value.expand(site["fn"].batch_shape + site["fn"].event_shape)
+    return _cells_second(value.expand(site["fn"].batch_shape + site["fn"].event_shape), site)
+
+
+def _cells_second(value: Tensor, site: Any) -> Tensor:
+    """Move the axis of cells behind that of draws, wherever the program's plates put it."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name == "cells":
+            return value.movedim(frame.dim - len(site["fn"].event_shape), 1)
+    return value
 
 
 def _mean(trace: poutine.Trace, name: str) -> Tensor:
@@ -415,10 +424,11 @@ def _mean(trace: poutine.Trace, name: str) -> Tensor:
     if name not in trace.nodes:
         msg = f"the guide has no site {name!r}; it has {[*trace.stochastic_nodes]}"
         raise KeyError(msg)
+    site = trace.nodes[name]
     try:
-        return trace.nodes[name]["fn"].mean
+        return _cells_second(site["fn"].mean, site)
     except NotImplementedError:
-        return trace.nodes[name]["value"]
+        return _cells_second(site["value"], site)
 
 
 def _log_density(trace: poutine.Trace, cells: Cells) -> Tensor:
@@ -428,7 +438,7 @@ def _log_density(trace: poutine.Trace, cells: Cells) -> Tensor:
     for site in trace.nodes.values():
         if site["type"] != "sample":
             continue
-        dims = {f.name: f.dim for f in site["cond_indep_stack"]}
+        dims = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
         if "cells" not in dims:
             continue
         log_p = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])

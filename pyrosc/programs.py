@@ -3,6 +3,7 @@
 What a program must not know of is handled here, by handlers around it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,10 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
@@ -35,6 +38,48 @@ def pair(program: Any, guide: Any) -> tuple[Program, Program]:
         msg = "no guide: pass one, guide=..., e.g. pyro.infer.autoguide.AutoNormal(model)"
         raise TypeError(msg)
     return model, guide
+
+
+def copied(program: Any, guide: Any) -> tuple[Any, Any]:
+    """Return deep copies. An autoguide forgets its model when copied: its copy gets the copied model."""
+    autos = [m for m in guide.modules() if isinstance(m, AutoGuide)] if isinstance(guide, nn.Module) else []
+    held = [(auto._model, auto.master) for auto in autos]
+    memo: dict[int, Any] = {}
+    try:
+        new_program, new_guide = copy.deepcopy((program, guide), memo)
+        models = copy.deepcopy([model for model, _ in held], memo)
+    finally:
+        for auto, (model, master) in zip(autos, held, strict=True):
+            auto._model, auto.master = model, master
+    new_autos = [m for m in new_guide.modules() if isinstance(m, AutoGuide)] if autos else []
+    for auto, model in zip(new_autos, models, strict=True):
+        auto._model = model
+    return new_program, new_guide
+
+
+def own_parameters(modules: list[nn.Module]) -> None:
+    """Make the param store's tensors this fit's own: functions may start from tensors that live outside.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is that of a module which functions close over: it can't be copied with them.
+    """
+    store = pyro.get_param_store()
+    inside = {id(p) for module in modules for p in module.parameters()}
+    state = store.get_state()
+    for name, tensor in state["params"].items():
+        if id(tensor) in inside:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            msg = (
+                f"{name!r} is a parameter of a module outside of the programs, which each fit would train in "
+                "place: make model and guide two methods of one nn.Module that holds it"
+            )
+            raise ValueError(msg)
+        state["params"][name] = tensor.detach().clone().requires_grad_()
+    store.clear()
+    store.set_state(state)
 
 
 def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
@@ -93,6 +138,8 @@ def weighted_loss(
 ) -> Float[Tensor, ""]:
     """Return the negative ELBO with a weight on its KL, in nats per cell."""
     scaled = ScaleKL(weight)
+    if not torch.is_grad_enabled():  # TraceEnum_ELBO refuses a loss without a gradient
+        return torch.tensor(elbo.loss(scaled(model), scaled(guide), cells) / cells.n_total)
     return elbo.differentiable_loss(scaled(model), scaled(guide), cells) / cells.n_total
 
 
@@ -109,10 +156,16 @@ def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]
             continue
         p = modelled.nodes[name]
         try:
+            if isinstance(q["fn"], Delta):  # Pyro's KL of a Delta leaves out its density
+                raise NotImplementedError
             site = kl_divergence(q["fn"], p["fn"])
         except NotImplementedError:
             site = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
         kl[name] = float(scale_and_mask(site, q["scale"], q["mask"]).sum()) / cells.n_total
+        # An autoguide's site is a Delta at what an auxiliary site drew; the density is that one's.
+        if (u := guided.nodes.get(f"{name}_unconstrained")) is not None:
+            log_q = scale_and_mask(u["fn"].log_prob(u["value"]), u["scale"], u["mask"])
+            kl[name] += float(log_q.sum()) / cells.n_total
     return kl
 
 
@@ -132,27 +185,30 @@ def check_programs(model: Program, guide: Program, cells: Cells) -> None:
         modelled = poutine.trace(poutine.replay(model, guided)).get_trace(cells)
         modelled.compute_log_prob()
     latent = {name for name in modelled.stochastic_nodes if not _is_plate(modelled.nodes[name])}
+    summed_out = {name for name in latent if modelled.nodes[name]["infer"].get("enumerate")}
     guessed = {
         name
         for name in guided.stochastic_nodes
         if not _is_plate(guided.nodes[name]) and not guided.nodes[name]["infer"].get("is_auxiliary")
     }
-    if latent - guessed:
-        msg = (
-            f"the guide samples no {sorted(latent - guessed)}: each latent site of the model needs one there"
-        )
+    if needed := sorted(latent - guessed - summed_out):
+        msg = f"the guide samples no {needed}: each latent site of the model needs one there"
         raise ValueError(msg)
     if guessed - latent:
         msg = f"the model samples no {sorted(guessed - latent)}, which the guide does: use the model's names"
         raise ValueError(msg)
-    observed = [modelled.nodes[name] for name in modelled.observation_nodes]
+    observed = [
+        modelled.nodes[name]
+        for name in modelled.observation_nodes
+        if not modelled.nodes[name]["infer"].get("_deterministic")
+    ]
     if not observed:
         msg = 'the model observes nothing: give a site the counts, pyro.sample("x", ..., obs=cells.x)'
         raise ValueError(msg)
-    if not any(site["cond_indep_stack"] for site in observed):
+    if not any(frame.name == "cells" for site in observed for frame in site["cond_indep_stack"]):
         msg = (
-            f"the observed site {observed[0]['name']!r} is in no plate: what belongs to a cell stands inside "
-            'pyro.plate("cells", cells.n_total, subsample=cells.index)'
+            f"the observed site {observed[0]['name']!r} is in no plate 'cells': what belongs to a cell "
+            'stands inside pyro.plate("cells", cells.n_total, subsample=cells.index)'
         )
         raise ValueError(msg)
 

@@ -1,6 +1,5 @@
 """fit_svi and Fit: stochastic variational inference of any model and guide. It knows no model and no site."""
 
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -23,10 +22,12 @@ from pyrosc.counts import Cells, Counts, Resident, Schema, as_counts
 from pyrosc.programs import (
     Program,
     check_programs,
+    copied,
     elbo_of,
     isolated,
     kl_by_site,
     modules_of,
+    own_parameters,
     pair,
     weighted_loss,
 )
@@ -208,7 +209,7 @@ def fit_svi(
         clip_norm=clip_norm,
     )
     on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    program, separate_guide = copy.deepcopy((model, guide))
+    program, separate_guide = copied(model, guide)
     for module in modules_of(program, separate_guide):
         module.to(on)
     train_rows, validation_rows = split(data.n_cells, validation, seed)
@@ -250,7 +251,7 @@ def planned_epochs(steps: int) -> int:
 
 def split(n_cells: int, validation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows for training and those for validation, each in ascending order."""
-    n = round(n_cells * validation)
+    n = min(round(n_cells * validation), n_cells - 1)
     order = np.random.default_rng(seed).permutation(n_cells) if n else np.arange(n_cells)
     return np.sort(order[n:]), np.sort(order[:n])
 
@@ -279,7 +280,7 @@ class _Problem:
     elbo: ELBO
     modules: list[nn.Module]
     train: Resident
-    validation: Resident
+    validation: Resident | None
 
 
 def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
@@ -288,6 +289,7 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
     first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
     with seeded(first.device, settings["seed"]):
         check_programs(problem.model, problem.guide, problem.train.cells(first))
+    own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)
     step = _Stepper(problem, [tensor for tensor in state if tensor.requires_grad], settings)
@@ -298,7 +300,13 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
             losses, interrupted = _epoch(problem, step)
             if interrupted and not (losses or rows):
                 raise KeyboardInterrupt
-            rows.append(_row(losses, step, problem, settings) | {"seconds": time.perf_counter() - start})
+            try:
+                row = _row(losses, step, problem, settings)
+            except KeyboardInterrupt:  # while the validation loss was measured
+                if rows:
+                    break
+                row, interrupted = _row(losses, step, replace(problem, validation=None), settings), True
+            rows.append(row | {"seconds": time.perf_counter() - start})
             bar.update()
             bar.set_postfix(train=f"{rows[-1]['train']:.1f}", validation=f"{rows[-1]['validation']:.1f}")
             warm = step.taken >= settings["kl_warmup"]
@@ -310,6 +318,9 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
             if interrupted or (warm and epoch - best >= settings["patience"]):
                 break
     with torch.no_grad():
+        if not all(torch.isfinite(v).all() for v, t in zip(kept, state, strict=True) if t.requires_grad):
+            msg = "the parameters are no longer finite: try a lower learning_rate or clip_norm=1.0"
+            raise FloatingPointError(msg)
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
     return pd.DataFrame(rows).rename_axis("epoch"), best
@@ -343,6 +354,8 @@ class _Stepper:
         loss.backward()
         if settings["clip_norm"] is not None:
             nn.utils.clip_grad_norm_(self.parameters, settings["clip_norm"])
+        # A step with a loss that is not finite is not taken, so that the parameters can still be looked at.
+        self.optimiser.found_inf = (~torch.isfinite(loss.detach())).float()  # type: ignore[attr-defined]
         self.optimiser.step()
         self.taken += 1
         return loss.detach()
@@ -383,11 +396,19 @@ def _row(
     with torch.no_grad(), seeded(problem.train.start.device, settings["seed"]):
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
-            raise FloatingPointError(_blame(problem, settings, step, bad[0]))
-        measured = [_measured(problem, cells, settings) for cells in problem.validation.minibatches(512)]
+            rows = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+            raise FloatingPointError(
+                _blame(problem, step, step.taken - len(losses) + bad[0], problem.train.cells(rows))
+            )
+        blocks = problem.validation.minibatches(512) if problem.validation is not None else ()
+        measured = []
+        for cells in blocks:
+            measured.append(_measured(problem, cells, settings))
+            if not math.isfinite(measured[-1]["validation"]):
+                raise FloatingPointError(_blame(problem, step, step.taken, cells))
     row = {"train": float(np.mean(losses)) if losses else math.nan, "validation": math.nan}
     for name in measured[0] if measured else ():
-        row[name] = sum(m[name] * m["n"] for m in measured) / len(problem.validation)
+        row[name] = sum(m[name] * m["n"] for m in measured) / sum(m["n"] for m in measured)
     row.pop("n", None)
     return row | {"kl_weight": step.weight, "learning_rate": step.rate}
 
@@ -400,11 +421,10 @@ def _measured(problem: _Problem, cells: Cells, settings: dict[str, Any]) -> dict
     return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
 
 
-def _blame(problem: _Problem, settings: dict[str, Any], step: _Stepper, which: int) -> str:
+def _blame(problem: _Problem, step: _Stepper, which: int, cells: Cells) -> str:
     """Say where a loss stopped being finite."""
-    rows = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
-    guided = poutine.trace(problem.guide).get_trace(problem.train.cells(rows))
-    modelled = poutine.trace(poutine.replay(problem.model, guided)).get_trace(problem.train.cells(rows))
+    guided = poutine.trace(problem.guide).get_trace(cells)
+    modelled = poutine.trace(poutine.replay(problem.model, guided)).get_trace(cells)
     sites: dict[str, Tensor] = {}
     for trace in (modelled, guided):
         trace.compute_log_prob()
@@ -414,7 +434,7 @@ def _blame(problem: _Problem, settings: dict[str, Any], step: _Stepper, which: i
             if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all()
         }
     return (
-        f"the loss is not finite from step {step.taken - settings['steps_per_epoch'] + which} on "
+        f"the loss is not finite from step {which} on "
         f"(learning rate {step.rate:.2g}); sites without a finite density now: {', '.join(sites) or 'none'}. "
         "Try a lower learning_rate or clip_norm=1.0; if it is the first step, look at that site's parameters"
     )

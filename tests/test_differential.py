@@ -50,9 +50,9 @@ def test_compare_of_normal_draws():
 
 
 def test_expected_fdr_by_hand():
-    # Errors .02, .1, .02, .3, .4: their running means, the two of .02 together.
-    table = compare(draws_with([0.98, 0.9, 0.0, 0.7, 0.6], [0, 0, 0.98, 0, 0]), fdr=0.05)
-    np.testing.assert_allclose(table.expected_fdr, [0.02, 0.14 / 3, 0.02, 0.11, 0.168])
+    # Errors .1, .02, .1, .3, .4: their running means, the two of .1 together.
+    table = compare(draws_with([0.9, 0.98, 0.0, 0.7, 0.6], [0, 0, 0.9, 0, 0]), fdr=0.1)
+    np.testing.assert_allclose(table.expected_fdr, [0.22 / 3, 0.02, 0.22 / 3, 0.13, 0.184])
     assert table.is_de.tolist() == [True, True, True, False, False]
     assert compare(draws_with([0.98, 0.9]), fdr=0.05).is_de.tolist() == [True, False]
     assert compare(draws_with([0.98, 0.9]), fdr=0.06 + 1e-9).is_de.all()
@@ -279,6 +279,12 @@ def test_pairs_are_random_cells_of_their_groups(adata, fit, decoded):
     assert set(rest.obs.cell_type) == {"type_1", "type_2"}
     assert len(set(mine.cell_names)) > 80  # of about 200, with replacement
     assert len(set(mine.cell_names)) < 400
+
+
+def test_cells_of_no_group_are_not_decoded(adata, fit, decoded):
+    groups = adata.obs.cell_type.where(adata.obs.cell_type != "type_2")
+    ask(fit, adata, groupby=groups, group="type_0", estimand="cell", n_draws=50, batch=None)
+    assert set(decoded[1][0].obs.cell_type) == {"type_1"}
 
 
 def test_cells_are_decoded_in_the_batch_asked_for(adata, fit, decoded):

@@ -115,7 +115,7 @@ class VAE(nn.Module):
         norm
             ``"batch"``, ``"layer"`` or None: normalisation in the hidden layers.
         dropout
-            Probability that a hidden unit, and an input count of the encoder, is dropped in training.
+            Probability that a hidden unit is dropped in training.
         encode_covariates
             Whether the encoder sees the covariates too; the decoder always does.
         seed
