@@ -2,7 +2,7 @@
 
 AnnData -> Counts -> Cells (a minibatch) -> model, guide -> ELBO -> Fit -> draws -> array, table -> AnnData.
 
-Axes: draws, cells, genes, latent, batches. A `batch` is the experimental batch; a training batch a `minibatch`.
+Axes: draws, cells, genes, latent, batches. A `batch` is experimental; one of training is a `minibatch`.
 Symbols: x counts, z state of the cell, y component, l library size, rho shares of the genes, mu mean,
 theta inverse dispersion, pi zero inflation. Losses are in nats per cell, fold changes in log2.
 """

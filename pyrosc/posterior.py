@@ -337,7 +337,7 @@ def _stream(
     parallel: bool,
     seed: int,
 ) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
-    """Yield each minibatch and its draws, (batches, draws, cells, ...): each batch has the same latent draws."""
+    """Yield each minibatch and its draws, (batches, draws, cells, ...), the latent ones alike in each batch."""
     _check_draws(n_draws)
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
         with fit.asking(_seed(seed, i)):

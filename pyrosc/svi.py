@@ -308,7 +308,8 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
                 row, interrupted = _row(losses, step, replace(problem, validation=None), settings), True
             rows.append(row | {"seconds": time.perf_counter() - start})
             bar.update()
-            bar.set_postfix(train=f"{rows[-1]['train']:.1f}", validation=f"{rows[-1]['validation']:.1f}")
+            shown = {name: rows[-1][name] for name in ("train", "validation")}
+            bar.set_postfix({name: f"{loss:.1f}" for name, loss in shown.items() if math.isfinite(loss)})
             warm = step.taken >= settings["kl_warmup"]
             # Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen
             # to its end no epoch is final.

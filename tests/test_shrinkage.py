@@ -240,11 +240,10 @@ def test_the_prior_follows_a_shift_of_most_genes():
 
 
 def test_few_genes_are_not_shrunk_onto_themselves():
-    posterior = shrink(normal_curves(np.array([1.0]), np.array([0.2])))
-    assert 0 < posterior.mean[0] < 1.05
-    assert posterior.sd[0] > 0.1
-    assert np.abs(LFC[posterior.prior.argmax()]) < 0.1  # the mode stays near 0
-    assert shrink(normal_curves(np.zeros(3), np.full(3, 0.1))).prior_de(0.25) > 0.1  # nor is all certain
+    posterior = shrink(normal_curves(np.array([0.2]), np.array([0.1])))
+    assert 0.1 < posterior.mean[0] < 0.18
+    assert posterior.sd[0] > 0.08
+    assert shrink(normal_curves(np.zeros(3), np.full(3, 0.1))).prior_de(0.25) > 0.1
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
