@@ -77,6 +77,8 @@ def run(
 def run_dataset(
     name: str, adata: ad.AnnData, batch_key: str | None, options: argparse.Namespace
 ) -> list[dict]:
+    if options.threads:
+        torch.set_num_threads(options.threads)  # here: choosing genes resets it
     rows = []
     for seed in options.seeds:
         train, test = common.split(adata, seed)
@@ -110,8 +112,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     record = common.commit() | {
         "versions": common.versions("pyrosc", "torch", "pyro-ppl", "scanpy", "numpy"),
         "machine": common.machine(),

@@ -10,7 +10,8 @@ theta inverse dispersion, pi zero inflation. Losses are in nats per cell, fold c
 __version__ = "0.1.0"
 
 from pyrosc import criticism, datasets, distributions
-from pyrosc.counts import Cells, Counts, from_anndata
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
 from pyrosc.differential import compare, differential_expression
 from pyrosc.models import VAE
 from pyrosc.persist import load
@@ -23,6 +24,7 @@ from pyrosc.posterior import (
     log_likelihood,
     posterior_predictive,
 )
+from pyrosc.reading import from_anndata
 from pyrosc.svi import Fit, fit_svi
 
 __all__ = [

@@ -18,11 +18,12 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from pyrosc import __version__, datasets, plots
-from pyrosc.counts import Counts, from_anndata
+from pyrosc.counts import Counts
 from pyrosc.criticism import baseline
 from pyrosc.differential import differential_expression
 from pyrosc.models import VAE
 from pyrosc.posterior import Imputation, LogLikelihood, impute, latent, log_likelihood
+from pyrosc.reading import from_anndata
 from pyrosc.svi import Fit, fit_svi
 
 LABELS = "cell_type"

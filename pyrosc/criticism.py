@@ -8,8 +8,10 @@ import torch
 from anndata import AnnData
 from torch import nn
 
-from pyrosc.counts import Cells, Counts, as_counts
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
 from pyrosc.distributions import NegativeBinomial
+from pyrosc.reading import as_counts
 from pyrosc.svi import Fit, fit_svi
 
 __all__ = ["NoStructure", "baseline"]

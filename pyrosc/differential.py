@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from pyrosc.counts import Counts, as_counts
+from pyrosc.counts import Counts
 from pyrosc.posterior import draws
+from pyrosc.reading import as_counts
 from pyrosc.shrinkage import Arm, Posterior, likelihood, shrink, sums
 from pyrosc.svi import Fit
 

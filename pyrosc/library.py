@@ -6,7 +6,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrosc.counts import Cells, Counts
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
 from pyrosc.networks import Covariates, Encoder
 
 

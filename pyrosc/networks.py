@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, one_hot
 
-from pyrosc.counts import Cells, Counts
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
 
 
 class BatchNorm(nn.Module):

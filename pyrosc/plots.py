@@ -20,8 +20,9 @@ from matplotlib.transforms import Bbox, BboxBase
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from pyrosc.counts import Counts, as_counts
+from pyrosc.counts import Counts
 from pyrosc.posterior import Imputation
+from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
 __all__ = ["embedding", "history", "imputed_against_observed", "layout", "volcano"]

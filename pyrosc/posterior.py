@@ -18,7 +18,9 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyrosc.counts import Cells, Counts, as_counts
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
+from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
 ELEMENTS = 2**23
@@ -337,7 +339,7 @@ def _stream(
     parallel: bool,
     seed: int,
 ) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
-    """Yield each minibatch and its draws, (batches, draws, cells, ...), the latent ones alike in each batch."""
+    """Yield each minibatch and its draws, (batches, draws, cells, ...): latent ones alike in each batch."""
     _check_draws(n_draws)
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
         with fit.asking(_seed(seed, i)):

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from pyrosc.counts import Cells
+from pyrosc.cells import Cells
 
 
 class StandardNormal(nn.Module):

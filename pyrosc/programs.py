@@ -21,7 +21,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyrosc.counts import Cells
+from pyrosc.cells import Cells
 from pyrosc.random import seeded
 
 Program = Callable[[Cells], Any]

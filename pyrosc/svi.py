@@ -18,7 +18,8 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyrosc.counts import Cells, Counts, Resident, Schema, as_counts
+from pyrosc.cells import Cells, Resident
+from pyrosc.counts import Counts, Schema
 from pyrosc.programs import (
     Program,
     check_programs,
@@ -32,6 +33,7 @@ from pyrosc.programs import (
     weighted_loss,
 )
 from pyrosc.random import seeded
+from pyrosc.reading import as_counts
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ class Fit:
 
     @property
     def model(self) -> Program:
-        """The generative program, of :class:`~pyrosc.counts.Cells`."""
+        """The generative program, of :class:`~pyrosc.Cells`."""
         return pair(self.program, self.separate_guide)[0]
 
     @property
     def guide(self) -> Program:
-        """The variational program, of :class:`~pyrosc.counts.Cells`."""
+        """The variational program, of :class:`~pyrosc.Cells`."""
         return pair(self.program, self.separate_guide)[1]
 
     @contextmanager
@@ -139,7 +141,7 @@ def fit_svi(
     ----------
     model
         An object with the methods ``model`` and ``guide``, or a model alone: a callable of
-        :class:`~pyrosc.counts.Cells`. It is copied, and left untrained.
+        :class:`~pyrosc.Cells`. It is copied, and left untrained.
     data
         Counts, or an AnnData with counts in X.
     guide

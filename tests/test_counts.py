@@ -10,7 +10,8 @@ import scipy.sparse as sp
 import torch
 
 from pyrosc import Counts, from_anndata
-from pyrosc.counts import Schema, as_counts
+from pyrosc.counts import Schema
+from pyrosc.reading import as_counts
 
 X = np.array([[0, 3, 1], [2, 0, 0], [0, 0, 7], [1, 1, 1]])
 

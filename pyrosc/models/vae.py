@@ -9,13 +9,15 @@ from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from pyrosc.counts import Cells, Counts, as_counts
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood
 from pyrosc.likelihoods import likelihood as likelihood_of
 from pyrosc.networks import Covariates, Decoder, Encoder
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
+from pyrosc.reading import as_counts
 
 
 class VAE(nn.Module):

@@ -1,0 +1,101 @@
+"""Cells, a minibatch: all that a model may see; Resident, counts on a device, of which minibatches come."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A minibatch: all that a model may see.
+
+    Attributes
+    ----------
+    x : Tensor of shape (cells, genes)
+        Observed counts.
+    index : Tensor of shape (cells,)
+        The cells' places among `n_total`: what ``pyro.plate(..., subsample=cells.index)`` takes.
+    n_total : int
+        Cells in the whole data set that this minibatch stands for.
+    batch, labels : Tensor of shape (cells,)
+        Codes of the experimental batch and of the label; -1 is an unlabelled cell.
+    categorical : Tensor of shape (cells, covariates)
+        Codes of the categorical covariates.
+    continuous : Tensor of shape (cells, covariates)
+        Continuous covariates, in their own units.
+    """
+
+    x: Float[Tensor, "cells genes"]
+    index: Int[Tensor, "cells"]
+    n_total: int
+    batch: Int[Tensor, "cells"]
+    labels: Int[Tensor, "cells"]
+    categorical: Int[Tensor, "cells categorical"]
+    continuous: Float[Tensor, "cells continuous"]
+
+    @property
+    def library(self) -> Float[Tensor, "cells 1"]:
+        """Observed total of each cell, in counts, over the genes of the fit."""
+        return self.x.sum(-1, keepdim=True)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def in_batch(self, code: int) -> "Cells":
+        """Return the same cells as if measured in another experimental batch (a counterfactual)."""
+        return replace(self, batch=torch.full_like(self.batch, code))
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Counts on a device, in CSR; minibatches are gathered and made dense there.
+
+    Made by :meth:`Counts.on`.
+    """
+
+    start: Int[Tensor, "..."]
+    gene: Int[Tensor, "..."]
+    count: Float[Tensor, "..."]
+    n_genes: int
+    batch: Int[Tensor, "n"]
+    labels: Int[Tensor, "n"]
+    categorical: Int[Tensor, "n categorical"]
+    continuous: Float[Tensor, "n continuous"]
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def cells(self, rows: Int[Tensor, "cells"], n_total: int | None = None) -> Cells:
+        """Gather the minibatch of these rows.
+
+        Parameters
+        ----------
+        rows : Tensor of shape (cells,)
+            Rows to gather; they may repeat and stand in any order.
+        n_total : int, optional
+            Size of the data set that the minibatch stands for; all rows by default.
+        """
+        start, stop = self.start[rows], self.start[rows + 1]
+        n = stop - start
+        place = torch.arange(len(rows), device=rows.device).repeat_interleave(n)
+        first = n.cumsum(0) - n
+        entry = torch.arange(len(place), device=rows.device) + (start - first)[place]
+        x = torch.zeros(len(rows) * self.n_genes, device=rows.device)
+        x[place * self.n_genes + self.gene[entry]] = self.count[entry]
+        return Cells(
+            x=x.view(len(rows), self.n_genes),
+            index=rows,
+            n_total=len(self) if n_total is None else n_total,
+            batch=self.batch[rows],
+            labels=self.labels[rows],
+            categorical=self.categorical[rows],
+            continuous=self.continuous[rows],
+        )
+
+    def minibatches(self, size: int) -> Iterator[Cells]:
+        """Yield all rows in their order, `size` at a time."""
+        for start in range(0, len(self), size):  # none at all where there are no rows
+            yield self.cells(torch.arange(start, min(start + size, len(self)), device=self.start.device))

@@ -1,0 +1,205 @@
+"""AnnData in, Counts out.
+
+Data is checked once, here, at the door: whole, non-negative, finite, two-dimensional, uniquely named genes,
+no empty cell. What lies behind the door may rely on it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from pyrosc.counts import Counts, Schema, check_cells, check_names, columns, places
+
+MAX_COUNT = 2**24
+"""The largest count that float32 holds exactly together with all smaller ones."""
+
+
+def from_anndata(
+    adata: anndata.AnnData,
+    *,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    categorical_keys: Sequence[str] = (),
+    continuous_keys: Sequence[str] = (),
+) -> Counts:
+    """Read and check the counts and covariates of an AnnData. Nothing is written into it.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes. Counts may be sparse (csr, csc; matrix or array) or dense, of any integer or float
+        type, in memory or backed.
+    layer
+        Layer that holds the counts; ``X`` by default.
+    batch_key
+        Column of ``obs``: the experimental batch.
+    labels_key
+        Column of ``obs``: known cell labels. Missing values are unlabelled cells.
+    categorical_keys, continuous_keys
+        Columns of ``obs``: further covariates.
+
+    Returns
+    -------
+    Counts
+
+    Raises
+    ------
+    KeyError
+        If a layer or a column is missing.
+    ValueError
+        If the data is empty, or has values that are not whole, negative, not finite or over 2^24, a cell
+        without counts, genes of the same name, or a missing value in a batch or covariate.
+    TypeError
+        If the counts are of a kind that can't be read.
+    """
+    if layer is not None and layer not in adata.layers:
+        msg = f"no layer {layer!r}; this AnnData has {list(adata.layers)}"
+        raise KeyError(msg)
+    x = _checked(adata.X if layer is None else adata.layers[layer], where="X" if layer is None else layer)
+    check_names(adata.var_names)
+    check_cells(x, adata.obs_names)
+    obs = adata.obs
+    one_batch, no_labels = (np.zeros(len(obs), np.int64), ("all",)), (np.full(len(obs), -1), ())
+    batch, batches = one_batch if batch_key is None else _codes(obs, batch_key)
+    labels, label_names = no_labels if labels_key is None else _codes(obs, labels_key, missing_ok=True)
+    categorical = {key: _codes(obs, key) for key in categorical_keys}
+    continuous = [_numbers(obs, key) for key in continuous_keys]
+    return Counts(
+        x=x,
+        cell_names=adata.obs_names.to_numpy(dtype=str),
+        obs=obs.copy(),
+        batch=batch,
+        labels=labels.astype(np.int64),
+        categorical=columns([codes for codes, _ in categorical.values()], len(obs), np.int64),
+        continuous=columns(continuous, len(obs), np.float32),
+        schema=Schema(
+            genes=tuple(map(str, adata.var_names)),
+            layer=layer,
+            batch_key=batch_key,
+            labels_key=labels_key,
+            batches=batches,
+            labels=label_names,
+            categorical={key: names for key, (_, names) in categorical.items()},
+            continuous=tuple(continuous_keys),
+        ),
+    )
+
+
+def as_counts(data: Counts | anndata.AnnData, schema: Schema | None = None) -> Counts:
+    """Return `data` as Counts: an AnnData is read, by the keys of `schema` if there is one.
+
+    Parameters
+    ----------
+    data
+        Counts, or an AnnData with counts in ``X`` (or in the schema's layer).
+    schema
+        Of the fit that is asked: genes are matched by name, categories by their names.
+    """
+    if isinstance(data, anndata.AnnData):
+        if schema is None:
+            return from_anndata(data)
+        # Of a large AnnData only the genes of the fit are read and checked.
+        genes = places([str(name) for name in data.var_names], schema.genes)
+        has_labels = schema.labels_key is not None and schema.labels_key in data.obs
+        data = from_anndata(
+            data[:, genes],
+            layer=schema.layer,
+            batch_key=schema.batch_key,
+            labels_key=schema.labels_key if has_labels else None,
+            categorical_keys=tuple(schema.categorical),
+            continuous_keys=schema.continuous,
+        )
+    if not isinstance(data, Counts):
+        msg = f"data must be an AnnData or pyrosc.Counts, not {type(data).__name__}"
+        raise TypeError(msg)
+    return data if schema is None else data.like(schema)
+
+
+def _checked(matrix: Any, where: str) -> sp.csr_array:
+    """Return the counts as CSR float32, every value checked."""
+    if hasattr(matrix, "to_memory"):  # a backed sparse data set
+        matrix = matrix.to_memory()
+    if matrix is None:
+        msg = f"{where} is empty (None): put the counts there or name the layer that has them"
+        raise ValueError(msg)
+    if not sp.issparse(matrix):
+        try:
+            matrix = np.asarray(matrix[:] if hasattr(matrix, "file") else matrix)
+        except Exception as error:
+            msg = (
+                f"can't read counts from {type(matrix).__name__}: give a numpy array or a scipy sparse matrix"
+            )
+            raise TypeError(msg) from error
+    if matrix.dtype.kind not in "buif" or matrix.ndim != 2:
+        msg = f"counts must be a 2-d array of numbers, not {matrix.ndim}-d of {matrix.dtype}"
+        raise TypeError(msg)
+    if 0 in matrix.shape:
+        msg = f"no data: {where} has {matrix.shape[0]} cells and {matrix.shape[1]} genes"
+        raise ValueError(msg)
+    # scipy has no sparse float16; whole numbers survive the step up.
+    x = sp.csr_array(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
+    _check_values(x.data, where)
+    x = x.astype(np.float32)  # a copy, which the next two lines change
+    x.sum_duplicates()
+    x.eliminate_zeros()
+    return x
+
+
+def _check_values(values: np.ndarray, where: str) -> None:
+    """Raise unless every value is finite, non-negative, whole and exact in float32."""
+    if not np.isfinite(values).all():
+        n = int((~np.isfinite(values)).sum())
+        msg = f"{where} has {n} NaN or infinite values: counts must be finite; remove or repair those entries"
+        raise ValueError(msg)
+    if values.size and values.min() < 0:
+        msg = (
+            f"{where} has negative values (least {values.min():.4g}): these are no counts, perhaps scaled; "
+            'give the raw counts, e.g. layer="counts"'
+        )
+        raise ValueError(msg)
+    if values.dtype.kind == "f" and not (values == np.floor(values)).all():
+        odd = float(values[values != np.floor(values)][0])
+        msg = (
+            f"{where} has values that are not whole (e.g. {odd:.4g}): perhaps log-normalised data; "
+            'give the raw counts, e.g. layer="counts" or adata.raw.to_adata()'
+        )
+        raise ValueError(msg)
+    if values.size and values.max() > MAX_COUNT:
+        msg = f"{where} has a count of {values.max():.4g}, more than 2^24: are these counts of molecules?"
+        raise ValueError(msg)
+
+
+def _column(obs: pd.DataFrame, key: str) -> pd.Series:
+    if key not in obs:
+        msg = f"no column {key!r} in obs; it has {list(obs.columns)}"
+        raise KeyError(msg)
+    return obs[key]
+
+
+def _codes(obs: pd.DataFrame, key: str, *, missing_ok: bool = False) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return codes and names of a column's categories; only categories that occur, in the column's order."""
+    column = _column(obs, key)
+    missing = int(column.isna().sum())
+    if missing and not missing_ok:
+        msg = f"obs[{key!r}] is missing (NaN) in {missing} cells: fill it in or remove those cells"
+        raise ValueError(msg)
+    values = pd.Categorical(column).remove_unused_categories()
+    return values.codes.astype(np.int64), tuple(map(str, values.categories))
+
+
+def _numbers(obs: pd.DataFrame, key: str) -> np.ndarray:
+    try:
+        values = _column(obs, key).to_numpy(dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        msg = f"obs[{key!r}] is not numeric: list it among categorical_keys"
+        raise ValueError(msg) from error
+    if not np.isfinite(values).all():
+        n = int((~np.isfinite(values)).sum())
+        msg = f"obs[{key!r}] is missing or infinite in {n} cells: fill it in or remove those cells"
+        raise ValueError(msg)
+    return values
