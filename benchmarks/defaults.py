@@ -2,8 +2,8 @@
 
 Each variant differs from the defaults of `VAE.for_data` and `fit_svi` in what its name says. It is fitted to
 the same 75% of the cells (2000 genes, seurat_v3) and scored on the others: importance-weighted -log p(x),
-K = 25, in nats per cell, lower is better. `nats_above_default` is the paired difference on the same split; the
-seconds are of the fit alone. All variants of a data set take turns in one run.
+K = 25, in nats per cell, lower is better. `nats_above_default` is the paired difference on the same split.
+The seconds are of the fit alone. All variants of a data set take turns in one run.
 
     python benchmarks/defaults.py --data DIR
     python benchmarks/defaults.py --smoke

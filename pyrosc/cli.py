@@ -294,9 +294,9 @@ def _genes_text(found: _Findings) -> str:
         lines.append(f"  {group} ({sizes[group]} cells; {counts}):\n    {', '.join(up.gene[:8]) or 'none'}")
     return "\n".join(
         [
-            "Which genes differ in a cell type against the rest? Calls at an expected FDR of 5 %; named",
-            "are the genes that are higher by the largest amount that is sure. The labels came from",
-            "expression, so this shows what defines a label; and one donor says nothing about others.",
+            "Which genes differ in a cell type against the rest? Calls at an expected FDR of 5 %; named are",
+            "the genes that are higher by the largest amount that is sure. The labels came from expression,",
+            "so this shows what defines a label; and one donor says nothing about others.",
             *lines,
         ]
     )
