@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cells:
     """A minibatch: all that a model may see.
 
@@ -49,7 +49,7 @@ class Cells:
         return replace(self, batch=torch.full_like(self.batch, code))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Resident:
     """Counts on a device, in CSR; minibatches are gathered and made dense there.
 
@@ -83,7 +83,7 @@ class Resident:
         place = torch.arange(len(rows), device=rows.device).repeat_interleave(n)
         first = n.cumsum(0) - n
         entry = torch.arange(len(place), device=rows.device) + (start - first)[place]
-        x = torch.zeros(len(rows) * self.n_genes, device=rows.device)
+        x = self.count.new_zeros(len(rows) * self.n_genes)
         x[place * self.n_genes + self.gene[entry]] = self.count[entry]
         return Cells(
             x=x.view(len(rows), self.n_genes),

@@ -71,11 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = _parser().parse_args(argv)
     # Matrices this small are multiplied no faster by several threads, and far slower on busy cores.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         demo(args.output, epochs=2 if args.smoke else args.epochs, smoke=args.smoke, seed=args.seed)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _parser() -> argparse.ArgumentParser:

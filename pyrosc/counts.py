@@ -1,7 +1,7 @@
 """Counts of all cells, with what is known of each, and the Schema of names that a fit keeps. No Pyro here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,11 @@ class Schema:
     labels_key: str | None = None
     batches: tuple[str, ...] = ("all",)
     labels: tuple[str, ...] = ()
-    categorical: Mapping[str, tuple[str, ...]] = None  # type: ignore[assignment]
+    categorical: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     continuous: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "categorical", dict(self.categorical or {}))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counts:
     """Counts of all cells, checked, with what is known of each cell. Made by :func:`from_anndata`.
 
@@ -149,9 +146,12 @@ class Counts:
         x = sp.csr_array(self.x[:, genes])
         x.sort_indices()
         check_cells(x, self.cell_names)
-        for key in (*schema.categorical, *schema.continuous):
-            if key not in (*self.schema.categorical, *self.schema.continuous):
-                msg = f"the fit uses the covariate {key!r}, which this data lacks: read it with from_anndata"
+        for kind in ("categorical", "continuous"):
+            if lacking := [key for key in getattr(schema, kind) if key not in getattr(self.schema, kind)]:
+                msg = (
+                    f"the fit uses the {kind} covariates {lacking}, which this data lacks: "
+                    f"read them with from_anndata(..., {kind}_keys=...)"
+                )
                 raise ValueError(msg)
         mine, theirs = list(self.schema.categorical), self.schema.categorical
         categorical = [

@@ -116,6 +116,9 @@ def compare(
     (the error of a sign).
     """
     _check_numbers(delta, fdr, interval)
+    if prior_de is not None and not 0 < prior_de < 1:
+        msg = f"prior_de is a probability between 0 and 1, not {prior_de!r}"
+        raise ValueError(msg)
     return decide(summarise(lfc, delta, interval, prior_de), fdr)
 
 
@@ -212,8 +215,8 @@ def differential_expression(
     data
         Counts, or an AnnData; genes are matched by name. Nothing is written into it.
     groupby
-        Column of ``obs``, or one value for each cell. A cell without a value (NaN) is in no group and in no
-        rest.
+        Column of ``obs``, or one value for each cell (a Series is matched by cells' names). A cell without a
+        value (NaN) is in no group and in no rest.
     group
         Name of a group, or a list of names; all by default (but the reference).
     reference
@@ -244,10 +247,10 @@ def differential_expression(
     Returns
     -------
     DataFrame
-        A row for each gene of each comparison, by group and then by evidence, genes of equal evidence in the
-        fit's order: gene, group, reference; the columns of :func:`compare`; mean_share and
-        mean_share_reference (of the counts; with ``"cell"``, of the draws), raw_mean and raw_mean_reference
-        (counts per cell), expressing and expressing_reference (share of the cells that have a count). With
+        A row for each gene of each comparison, by group and then by evidence: the error of the call, then
+        |lfc_mean| / lfc_sd, then the fit's order: gene, group, reference; the columns of :func:`compare`;
+        mean_share and mean_share_reference (of the counts; with ``"cell"``, of the draws), raw_mean and
+        raw_mean_reference (counts per cell), expressing and expressing_reference (share of the cells that have a count). With
         ``"mean"`` these describe the cells that were compared.
 
     Raises
@@ -294,6 +297,7 @@ def differential_expression(
     """
     _check_numbers(delta, fdr, interval)
     _check_question(fit, estimand, batch, n_draws)
+    batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
     codes, names = _groups(data, groupby)
     batches = fit.schema.batches
@@ -309,11 +313,12 @@ def differential_expression(
             seeds = [seed, a, b + 1]
             lfc, shares = _cells(fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds)
         else:
-            arm, other = _comparable(arm, other, batch, batches)
+            arm, other = _comparable(arm, other, batch, batches, names[a])
             lfc, shares = shrink(likelihood(arm, other)), [v.x.sum(0) / v.l.sum() for v in (arm, other)]
         who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
         table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
-        tables.append(table.sort_values("error", kind="stable"))
+        evidence = np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))
+        tables.append(table.iloc[evidence])
     return decide(pd.concat(tables, ignore_index=True), fdr)
 
 
@@ -362,6 +367,8 @@ def _groups(data: Counts, groupby: Any) -> tuple[ndarray, list[str]]:
             msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
             raise KeyError(msg)
         groupby = data.obs[groupby]
+    if isinstance(groupby, pd.Series) and set(groupby.index) == set(data.cell_names):
+        groupby = groupby.loc[data.cell_names]  # by its own names of cells, in whatever order
     if len(groupby) != data.n_cells:
         msg = (
             f"groupby has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
@@ -402,7 +409,7 @@ def _pairs(codes: ndarray, names: list[str], group: Any, reference: Any) -> list
     return [(names.index(name), -1 if rest else names.index(reference)) for name in asked]
 
 
-def _comparable(a: Arm, b: Arm, batch: str | None, batches: Sequence[str]) -> tuple[Arm, Arm]:
+def _comparable(a: Arm, b: Arm, batch: str | None, batches: Sequence[str], name: str) -> tuple[Arm, Arm]:
     """Return the sums over the cells whose means are compared: of one batch, or of those with both sides."""
     if batch in (None, "average"):
         use = np.flatnonzero((a.cells > 0) & (b.cells > 0))
@@ -412,7 +419,9 @@ def _comparable(a: Arm, b: Arm, batch: str | None, batches: Sequence[str]) -> tu
         where, remedy = f"in batch {batch!r}", 'give another batch, or "average"'
     a, b = a[use], b[use]
     if min(a.n, b.n) < 2:
-        msg = f"the group has {a.n} cells and the reference {b.n} {where}, each needs 2 at least: {remedy}"
+        msg = (
+            f"group {name!r} has {a.n} cells and its reference {b.n} {where}, each needs 2 at least: {remedy}"
+        )
         raise ValueError(msg)
     return a, b
 

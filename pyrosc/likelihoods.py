@@ -74,7 +74,7 @@ class ZeroInflated(nn.Module):
         return distributions.ZeroInflated(self.base(mean, h, batch), self.gate_logits(h))
 
 
-def likelihood(name: str, *, n_genes: int, n_hidden: int, n_batches: int = 1) -> Likelihood:
+def likelihood_of(name: str, *, n_genes: int, n_hidden: int, n_batches: int = 1) -> Likelihood:
     """Return the likelihood of a name.
 
     Parameters

@@ -73,7 +73,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for n_before, width in zip((n_in, *hidden), hidden, strict=False):
             layers += [nn.Linear(n_before, width), normalisation(norm, width), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] * (dropout > 0)
+            layers += [nn.Dropout(float(dropout))] if dropout > 0 else []
         super().__init__(*layers)
         self.n_out = hidden[-1] if hidden else n_in
 

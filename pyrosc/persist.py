@@ -32,16 +32,16 @@ TENSORS, RECORD = "parameters.safetensors", "fit.json"
 
 def save(fit: Fit, directory: str | Path) -> None:
     """Write a fit; see :meth:`pyrosc.Fit.save`."""
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if directory.exists() and not (directory.is_dir() and not set(os.listdir(directory)) - {TENSORS, RECORD}):
         msg = f"{directory} holds something that is no saved fit: choose another directory"
         raise FileExistsError(msg)
     record = {
         "format": FORMAT,
-        "program": _recipe(fit.program) if fit.separate_guide is None else None,
+        "program": _recipe(fit),
         "schema": _schema_to_json(fit.schema),
         "settings": fit.settings,
-        "history": fit.history.to_dict("list"),
+        "history": fit.history.astype(object).where(fit.history.notna(), None).to_dict("list"),
         "versions": {name: version(name) for name in ("torch", "pyro-ppl", "numpy", "anndata")}
         | {"pyrosc": version("pyrosc"), "python": platform.python_version()},
     }
@@ -53,7 +53,7 @@ def save(fit: Fit, directory: str | Path) -> None:
         save_file(
             {n: t.detach().cpu().contiguous().clone() for n, t in _tensors_of(fit).items()}, fresh / TENSORS
         )
-        (fresh / RECORD).write_text(json.dumps(record, indent=1))
+        (fresh / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False, default=_plain))
         for name in (TENSORS, RECORD):
             (fresh / name).chmod(0o666 & ~_umask())  # safetensors too writes for the owner alone
             _flush(fresh / name)
@@ -87,7 +87,7 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     ValueError
         If the fit was written by a newer pyrosc, needs a model and got none, or the model is another one.
     """
-    directory = _saved(Path(directory))
+    directory = _saved(Path(directory).resolve())
     record = json.loads((directory / RECORD).read_text())
     if record["format"] > FORMAT:
         msg = f"{directory} was written by pyrosc {record['versions']['pyrosc']}: upgrade pyrosc to read it"
@@ -110,7 +110,7 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
         separate_guide,
         params,
         schema,
-        pd.DataFrame(record["history"]).rename_axis("epoch"),
+        pd.DataFrame(record["history"], dtype=float).rename_axis("epoch"),
         record["settings"],
         on,
     )
@@ -149,17 +149,28 @@ def _check_fit(into: dict[str, Tensor], tensors: dict[str, Tensor], *, partly: b
         raise ValueError(msg)
 
 
-def _recipe(program: Any) -> dict[str, Any] | None:
-    """Return the model's class and the arguments of its `for_data`, if that made it."""
-    recipe = getattr(program, "recipe", None)
-    known = getattr(models, type(program).__name__, None) is type(program)
-    return {"class": type(program).__name__, "arguments": recipe} if known and recipe is not None else None
+def _recipe(fit: Fit) -> dict[str, Any] | None:
+    """Return the model's class and the arguments of its `for_data`, if they make this very model."""
+    name, arguments = type(fit.program).__name__, getattr(fit.program, "recipe", None)
+    if arguments is None or fit.separate_guide is not None or name not in models.__all__:
+        return None
+    recipe = {"class": name, "arguments": arguments}
+    # Whoever exchanged a part of the model has to bring it again.
+    return recipe if repr(_build(recipe, fit.schema)[0]) == repr(fit.program) else None
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of numpy or torch as Python's, for JSON."""
+    return value.tolist()
 
 
 def _build(program: dict[str, Any] | None, schema: Schema) -> tuple[Any, None]:
     """Make the model anew, with parameters still to be filled in."""
     if program is None:
         msg = "this fit is of a program of your own: pass it, load(directory, model=..., guide=...)"
+        raise ValueError(msg)
+    if program["class"] not in models.__all__:
+        msg = f"this pyrosc has no model {program['class']!r}: upgrade pyrosc to read the fit"
         raise ValueError(msg)
     return getattr(models, program["class"]).for_data(_stand_in(schema), **program["arguments"]), None
 

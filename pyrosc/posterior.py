@@ -17,9 +17,11 @@ from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
+from pyrosc.programs import traces
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
@@ -27,7 +29,7 @@ ELEMENTS = 2**23
 """Draws x cells x genes that are decoded at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Imputation:
     """Imputed expression of each cell and gene, and how sure it is.
 
@@ -58,7 +60,7 @@ class Imputation:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogLikelihood:
     """Estimates of each cell's log p(x), natural logarithm.
 
@@ -93,7 +95,7 @@ def draws(
     data: Counts | anndata.AnnData,
     *sites: str,
     n_draws: int = 25,
-    batch: str | None = None,
+    batch: str | int | None = None,
     parallel: bool = True,
     seed: int = 0,
 ) -> Iterator[dict[str, Float[Tensor, "..."]]]:
@@ -104,7 +106,8 @@ def draws(
     fit
         Of :func:`~pyrosc.fit_svi`.
     data
-        Counts, or an AnnData; genes are matched by name.
+        Counts, or an AnnData; genes are matched by name. A program with parameters of each cell has them only
+        for the cells it was fitted to: ask it about those, in that order.
     sites
         Names of sites of the model or of the guide; deterministic ones too. Of an observed site (``"x"``),
         draws of new counts.
@@ -122,6 +125,7 @@ def draws(
     Yields
     ------
     dict of str to Tensor of shape (draws, cells, ...)
+        Genes are in the fit's order.
 
     Raises
     ------
@@ -130,8 +134,9 @@ def draws(
     KeyError
         If there is no such site.
     """
-    data = as_counts(data, fit.schema)
+    data = _asked(fit, data)
     code = _batch_code(fit, batch)
+    _check_draws(n_draws)
     return (
         {name: values[0] for name, values in drawn.items()}
         for _, drawn in _stream(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
@@ -166,7 +171,7 @@ def latent(
     if n_draws is not None:
         stream = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
         return np.concatenate([drawn[site].cpu().numpy() for drawn in stream], axis=1)
-    data = as_counts(data, fit.schema)
+    data = _asked(fit, data)
     means = []
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, 1))):
         with fit.asking(_seed(seed, i)):
@@ -181,7 +186,7 @@ def impute(
     what: str = "share",
     *,
     library: float | None = None,
-    batch: str | None = None,
+    batch: str | int | None = None,
     genes: Sequence[str] | None = None,
     n_draws: int = 50,
     interval: float = 0.9,
@@ -199,12 +204,13 @@ def impute(
         ``"share"``: rho, each gene's share of the cell's counts, rows sum to 1. ``"count"``: the mean count
         at a library size, l rho (of a zero-inflated model: before dropout).
     library
-        With ``"count"``: the library size, in counts. By default the cell's own, site ``"l"``.
+        With ``"count"``: the library size, in counts. By default the cell's own: site ``"l"``, or the
+        observed total where the program has no such site.
     batch
         Name of a batch: expression as if measured there. ``"average"``: the mean over all batches, each draw
         decoded in each. By default the cell's own.
     genes
-        Names of the genes to return, in this order; all by default.
+        Names of the genes to return, in this order; by default all of the fit's, in the order of `data`.
     n_draws
         Posterior draws of each cell.
     interval
@@ -230,25 +236,29 @@ def impute(
     if not 0 < interval < 1:
         msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)
-    data = as_counts(data, fit.schema)
-    columns = torch.as_tensor(_columns(fit, genes), device=fit.device)
+    _check_draws(n_draws)
+    data, columns = _asked(fit, data), torch.as_tensor(_columns(fit, data, genes), device=fit.device)
     codes = range(len(fit.schema.batches)) if batch == "average" else [_batch_code(fit, batch)]
     own = what == "count" and library is None
-    sites = (site, "l") if own else (site,)
     tails = torch.tensor([(1 - interval) / 2, (1 + interval) / 2], device=fit.device)
-    blocks = []
-    for _, drawn in _stream(fit, data, sites, n_draws, list(codes), parallel=parallel, seed=seed):
+    done, summary = 0, np.empty((4, data.n_cells, len(columns)), np.float32)
+    stream = _stream(fit, data, (site,), n_draws, list(codes), parallel=parallel, seed=seed, library=own)
+    for cells, drawn in stream:
         rho = drawn[site].mean(0)[..., columns]
-        l = drawn["l"].mean(0) if own else torch.tensor(library or 1.0)
-        value = rho * (l[..., None] if l.ndim == 2 else l)  # l may be (draws, cells) or (draws, cells, 1)
-        lower, upper = _quantiles(value, tails)
-        blocks.append([v.cpu().numpy() for v in (value.mean(0), value.std(0, correction=0), lower, upper)])
+        if own:
+            l = drawn["l"].mean(0) if "l" in drawn else cells.library
+            value = rho * (l if l.shape[-1:] == (1,) else l[..., None])  # l is (draws, cells) or has one more
+        else:
+            value = rho * (library or 1.0)
+        parts = (value.mean(0), value.std(0, correction=0), *_quantiles(value, tails))
+        summary[:, done : done + len(cells)] = torch.stack(parts).cpu().numpy()
+        done += len(cells)
     units = {
         "share": "share of the cell's counts",
         "count": f"counts at library size {library or 'of the cell'}",
     }
-    mean, sd, low, high = (np.concatenate(part) for part in zip(*blocks, strict=True))
     names = np.array(fit.schema.genes)[columns.cpu().numpy()]
+    mean, sd, low, high = summary
     return Imputation(mean, sd, low, high, units[what], interval, data.cell_names, names)
 
 
@@ -257,7 +267,7 @@ def posterior_predictive(
     data: Counts | anndata.AnnData,
     n_draws: int = 1,
     *,
-    batch: str | None = None,
+    batch: str | int | None = None,
     site: str = "x",
     parallel: bool = True,
     seed: int = 0,
@@ -274,11 +284,13 @@ def posterior_predictive(
     Returns
     -------
     list of csr_matrix of shape (cells, genes)
-        One for each draw, float32; each can become a layer of the AnnData.
+        One for each draw, float32. Columns are the fit's genes in the order of `data`, so that of an AnnData
+        with just these genes each can become a layer.
     """
     parts: list[list[sp.csr_matrix]] = [[] for _ in range(n_draws)]
+    columns = _columns(fit, data, None)
     for drawn in draws(fit, data, site, n_draws=n_draws, batch=batch, parallel=parallel, seed=seed):
-        for part, x in zip(parts, drawn[site].cpu().numpy(), strict=True):
+        for part, x in zip(parts, drawn[site].cpu().numpy()[..., columns], strict=True):
             part.append(sp.csr_matrix(x))
     return [sp.vstack(part, format="csr") for part in parts]
 
@@ -294,7 +306,8 @@ def log_likelihood(
     """Estimate each cell's log p(x) by importance sampling from the guide (Burda 2016, eq. 8).
 
     The weight of a draw is p(x, z, l) / q(z, l given x); the estimate is the log of the mean weight.
-    Latent sites outside the plate of cells are averaged over, not scored.
+    Latent sites outside the plate of cells are averaged over, not scored; latent sites that the guide leaves
+    out (because the ELBO enumerates them) are drawn from their prior.
 
     Parameters
     ----------
@@ -312,7 +325,7 @@ def log_likelihood(
     ----------
     Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016.
     """
-    data = as_counts(data, fit.schema)
+    data = _asked(fit, data)
     _check_draws(n_draws)
     nats, ess = [], []
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws))):
@@ -320,7 +333,7 @@ def log_likelihood(
             guided, modelled = _traces(fit, cells, n_draws, [None], parallel=parallel)
             log_w = torch.cat(
                 [
-                    _log_density(p[0], cells) - _log_density(q, cells)
+                    _log_density(p[0], cells, q) - _log_density(q, cells, q)
                     for p, q in zip(modelled, guided, strict=True)
                 ]
             )
@@ -338,18 +351,22 @@ def _stream(
     *,
     parallel: bool,
     seed: int,
+    library: bool = False,
 ) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
-    """Yield each minibatch and its draws, (batches, draws, cells, ...): latent ones alike in each batch."""
-    _check_draws(n_draws)
+    """Yield each minibatch and its draws, (batches, draws, cells, ...): latent ones alike in each batch.
+
+    With `library`, site ``"l"`` too where there is one.
+    """
     for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
         with fit.asking(_seed(seed, i)):
             guided, modelled = _traces(fit, cells, n_draws, codes, parallel=parallel)
+            _check_guided(guided[0], modelled[0][0])
+            if library and i == 0 and "l" in modelled[0][0].nodes:
+                sites = (*sites, "l")
             drawn = {
                 name: torch.stack(
                     [
-                        torch.cat(
-                            [_value(traces[b], q, name) for traces, q in zip(modelled, guided, strict=True)]
-                        )
+                        torch.cat([_value(p[b], q, name) for p, q in zip(modelled, guided, strict=True)])
                         for b in range(len(codes))
                     ]
                 )
@@ -357,6 +374,18 @@ def _stream(
             }
         # The consumer runs outside of the fit's context: two fits may be asked in turns.
         yield cells, drawn
+
+
+def _check_guided(guided: poutine.Trace, modelled: poutine.Trace) -> None:
+    """Raise if the model has latent sites that the guide leaves out: they were drawn from their prior."""
+    alone = [
+        name
+        for name in modelled.stochastic_nodes
+        if name not in guided.nodes and modelled.nodes[name]["infer"].get("enumerate")
+    ]
+    if alone:
+        msg = f"the guide samples no {alone}, so there are no posterior draws: sample it in the guide too"
+        raise ValueError(msg)
 
 
 def _traces(
@@ -390,11 +419,8 @@ def _nesting(fit: Fit, cells: Cells) -> int:
         field.name: getattr(cells, field.name)[:1] for field in fields(cells) if field.name != "n_total"
     }
     one = replace(cells, **arrays)
-    guided = poutine.trace(fit.guide).get_trace(one)
-    modelled = poutine.trace(poutine.replay(fit.model, guided)).get_trace(one)
-    sites = [
-        site for trace in (guided, modelled) for site in trace.nodes.values() if site["type"] == "sample"
-    ]
+    both = traces(fit.model, fit.guide, one)
+    sites = [site for trace in both for site in trace.nodes.values() if site["type"] == "sample"]
     return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=0)
 
 
@@ -427,24 +453,31 @@ def _mean(trace: poutine.Trace, name: str) -> Tensor:
         msg = f"the guide has no site {name!r}; it has {[*trace.stochastic_nodes]}"
         raise KeyError(msg)
     site = trace.nodes[name]
+    # An autoguide's site is a point at what this site drew; on the real line the two are the same.
+    free = trace.nodes.get(f"{name}_unconstrained")
+    if free is not None and site["fn"].support is constraints.real:
+        site = free
     try:
         return _cells_second(site["fn"].mean, site)
     except NotImplementedError:
         return _cells_second(site["value"], site)
 
 
-def _log_density(trace: poutine.Trace, cells: Cells) -> Tensor:
-    """Return the log density of all sites in the plate of cells, (draws, cells)."""
+def _log_density(trace: poutine.Trace, cells: Cells, guided: poutine.Trace) -> Tensor:
+    """Return the log density of the sites in the plate of cells, (draws, cells).
+
+    Latent sites that the guide leaves out were drawn from their prior: it is their proposal, and cancels.
+    """
     trace.compute_log_prob()
     total = torch.zeros(1, len(cells), device=cells.x.device)
-    for site in trace.nodes.values():
-        if site["type"] != "sample":
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not (site["is_observed"] or name in guided.nodes):
             continue
         dims = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
         if "cells" not in dims:
             continue
         log_p = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-        others = [d for name, d in dims.items() if name not in ("cells", "_draws")]
+        others = [d for plate, d in dims.items() if plate not in ("cells", "_draws")]
         log_p = log_p.sum(others, keepdim=True) if others else log_p
         total = total + log_p.movedim(dims["cells"], -1).reshape(-1, len(cells))
     return total
@@ -469,23 +502,45 @@ def _seed(seed: int, i: int) -> int:
     return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
 
 
+def _asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
+    """Return the data as the fit knows it; raise if it has parameters only of the cells it was fitted to."""
+    counts = as_counts(data, fit.schema)
+    if fit.settings.get("parameters_of_each_cell") and counts.n_cells != fit.settings["n_train"]:
+        msg = (
+            f"the fit has parameters of each of its {fit.settings['n_train']} cells and can't be asked about "
+            f"{counts.n_cells}: ask about all, in the order of the fit, and choose from the answer"
+        )
+        raise ValueError(msg)
+    if not counts.n_cells:
+        msg = "no cells: the selection is empty"
+        raise ValueError(msg)
+    return counts
+
+
 def _check_draws(n_draws: int) -> None:
     if n_draws < 1:
         msg = f"n_draws must be at least 1, not {n_draws}"
         raise ValueError(msg)
 
 
-def _batch_code(fit: Fit, batch: str | None) -> int | None:
+def _batch_code(fit: Fit, batch: str | int | None) -> int | None:
+    batch = None if batch is None else str(batch)
     if batch is not None and batch not in fit.schema.batches:
         msg = f"no batch {batch!r}; the fit knows {', '.join(fit.schema.batches)}"
         raise ValueError(msg)
     return None if batch is None else fit.schema.batches.index(batch)
 
 
-def _columns(fit: Fit, genes: Sequence[str] | None) -> np.ndarray:
-    if genes is None:
-        return np.arange(len(fit.schema.genes))
+def _columns(fit: Fit, data: Counts | anndata.AnnData, genes: Sequence[str] | None) -> np.ndarray:
+    """Return where the genes asked for stand in the fit; by default its genes, in the order of the data."""
     places = {name: i for i, name in enumerate(fit.schema.genes)}
+    if genes is None:
+        have = map(str, data.var_names) if isinstance(data, anndata.AnnData) else data.schema.genes
+        return np.array([places[name] for name in have if name in places])
+    genes = [genes] if isinstance(genes, str) else [str(name) for name in genes]
+    if not genes:
+        msg = "genes is empty: name at least one, or leave it out for all"
+        raise ValueError(msg)
     unknown = [name for name in genes if name not in places]
     if unknown:
         msg = f"the fit has no gene {', '.join(unknown[:5])}"

@@ -5,7 +5,8 @@ What a program must not know of is handled here, by handlers around it.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -19,7 +20,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from pyrosc.cells import Cells
 from pyrosc.random import seeded
@@ -29,6 +30,12 @@ Program = Callable[[Cells], Any]
 
 def pair(program: Any, guide: Any) -> tuple[Program, Program]:
     """Return the model and the guide as callables of Cells."""
+    for thing in (program, guide):
+        if isinstance(thing, type):
+            msg = (
+                f"{thing.__name__} is a class: pass an object of it, VAE.for_data(data) or AutoNormal(model)"
+            )
+            raise TypeError(msg)
     model = getattr(program, "model", program)
     guide = getattr(program, "guide", None) if guide is None else guide
     if not callable(model):
@@ -42,7 +49,8 @@ def pair(program: Any, guide: Any) -> tuple[Program, Program]:
 
 def copied(program: Any, guide: Any) -> tuple[Any, Any]:
     """Return deep copies. An autoguide forgets its model when copied: its copy gets the copied model."""
-    autos = [m for m in guide.modules() if isinstance(m, AutoGuide)] if isinstance(guide, nn.Module) else []
+    inside = [m for module in modules_of(program, guide) for m in module.modules()]
+    autos = list({id(m): m for m in inside if isinstance(m, AutoGuide)}.values())
     held = [(auto._model, auto.master) for auto in autos]
     memo: dict[int, Any] = {}
     try:
@@ -51,10 +59,39 @@ def copied(program: Any, guide: Any) -> tuple[Any, Any]:
     finally:
         for auto, (model, master) in zip(autos, held, strict=True):
             auto._model, auto.master = model, master
-    new_autos = [m for m in new_guide.modules() if isinstance(m, AutoGuide)] if autos else []
-    for auto, model in zip(new_autos, models, strict=True):
-        auto._model = model
+    for auto, model in zip(autos, models, strict=True):
+        memo[id(auto)]._model = model
     return new_program, new_guide
+
+
+def is_of_each_cell(model: Program, guide: Program, cells: Cells, tensors: list[Tensor]) -> bool:
+    """Say whether the programs look up parameters by ``cells.index``, so that each cell has its own.
+
+    Parameters that have an axis of `n_total` are filled with noise for the while; then the same cells, with
+    the same random numbers, are run again under other indices.
+    """
+    own = [t for t in tensors if cells.n_total in t.shape and t.is_floating_point()]
+    if not own or cells.n_total == 1:
+        return False
+    kept = [t.detach().clone() for t in own]
+    try:
+        with torch.no_grad():
+            for t in own:
+                t.copy_(torch.rand_like(t))
+            runs = []
+            for index in (cells.index, (cells.index + 1) % cells.n_total):
+                with seeded(cells.x.device, 0):
+                    runs.append(traces(model, guide, replace(cells, index=index)))
+    finally:
+        with torch.no_grad():
+            for t, value in zip(own, kept, strict=True):
+                t.copy_(value)
+    return any(
+        not torch.equal(site["value"], there.nodes[name]["value"])
+        for here, there in zip(*runs, strict=True)
+        for name, site in here.nodes.items()
+        if site["type"] == "sample" and not _is_plate(site)
+    )
 
 
 def own_parameters(modules: list[nn.Module]) -> None:
@@ -89,9 +126,14 @@ def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
 
 
 def modules_of(*programs: Any) -> list[nn.Module]:
-    """Return the modules behind programs: the program itself, or the object whose method it is."""
+    """Return the modules behind programs: the program, the object whose method it is, or that one's parts."""
     owners = [getattr(program, "__self__", program) for program in programs]
-    return [owner for owner in owners if isinstance(owner, nn.Module)]
+    parts = [
+        part
+        for owner in owners
+        for part in ([owner] if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values())
+    ]
+    return list({id(part): part for part in parts if isinstance(part, nn.Module)}.values())
 
 
 @contextmanager
@@ -107,12 +149,21 @@ def isolated(device: torch.device, seed: int, params: dict[str, Any]) -> Iterato
     params
         State of the param store; what programs add to it is kept in it.
     """
-    with (
-        seeded(device, seed),
-        pyro.validation_enabled(is_validate=False),
-        pyro.get_param_store().scope(params),
-    ):
+    # What a program makes without naming a device, pyro.param("w", lambda: zeros(3)), is made on the fit's.
+    on = nullcontext() if device.type == "cpu" else device
+    with seeded(device, seed), validating(on=False), pyro.get_param_store().scope(params), on:
         yield
+
+
+@contextmanager
+def validating(*, on: bool) -> Iterator[None]:
+    """Run with Pyro's validation on or off; then Pyro's flag and torch's are as before."""
+    torch_flag = Distribution._validate_args
+    try:
+        with pyro.validation_enabled(is_validate=on):
+            yield
+    finally:
+        Distribution.set_default_validate_args(torch_flag)
 
 
 class ScaleKL(Messenger):
@@ -133,6 +184,12 @@ class ScaleKL(Messenger):
             msg["scale"] = msg["scale"] * self.weight
 
 
+def traces(model: Program, guide: Program, cells: Cells) -> tuple[poutine.Trace, poutine.Trace]:
+    """Run the guide, and the model on what it drew; return what both did."""
+    guided = poutine.trace(guide).get_trace(cells)
+    return guided, poutine.trace(poutine.replay(model, guided)).get_trace(cells)
+
+
 def weighted_loss(
     elbo: ELBO, model: Program, guide: Program, cells: Cells, weight: float | Tensor = 1.0
 ) -> Float[Tensor, ""]:
@@ -148,11 +205,13 @@ def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]
 
     Analytic where torch knows it, else from one draw.
     """
-    guided = poutine.trace(guide).get_trace(cells)
-    modelled = poutine.trace(poutine.replay(model, guided)).get_trace(cells)
+    guided, modelled = traces(model, guide, cells)
+    joint = any(name.startswith("_Auto") and name.endswith("_latent") for name in guided.nodes)
     kl = {}
     for name, q in guided.nodes.items():
         if q["type"] != "sample" or q["is_observed"] or _is_plate(q) or name not in modelled.nodes:
+            continue
+        if joint and isinstance(q["fn"], Delta):  # a part of a joint distribution has no KL of its own
             continue
         p = modelled.nodes[name]
         try:
@@ -180,9 +239,8 @@ def check_programs(model: Program, guide: Program, cells: Cells) -> None:
         If nothing is observed, the observed site is in no plate of cells, or a latent site of one program is
         missing in the other.
     """
-    with pyro.validation_enabled(is_validate=True):
-        guided = poutine.trace(guide).get_trace(cells)
-        modelled = poutine.trace(poutine.replay(model, guided)).get_trace(cells)
+    with validating(on=True):
+        guided, modelled = traces(model, guide, cells)
         modelled.compute_log_prob()
     latent = {name for name in modelled.stochastic_nodes if not _is_plate(modelled.nodes[name])}
     summed_out = {name for name in latent if modelled.nodes[name]["infer"].get("enumerate")}

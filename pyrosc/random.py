@@ -11,8 +11,8 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Run with torch's random numbers seeded, on the CPU and on a device; then they are as before."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         if cuda:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+                torch.cuda.manual_seed(int(seed))
         yield

@@ -64,6 +64,8 @@ def from_anndata(
     check_names(adata.var_names)
     check_cells(x, adata.obs_names)
     obs = adata.obs
+    categorical_keys = [categorical_keys] if isinstance(categorical_keys, str) else categorical_keys
+    continuous_keys = [continuous_keys] if isinstance(continuous_keys, str) else continuous_keys
     one_batch, no_labels = (np.zeros(len(obs), np.int64), ("all",)), (np.full(len(obs), -1), ())
     batch, batches = one_batch if batch_key is None else _codes(obs, batch_key)
     labels, label_names = no_labels if labels_key is None else _codes(obs, labels_key, missing_ok=True)
@@ -166,7 +168,7 @@ def _check_values(values: np.ndarray, where: str) -> None:
         odd = float(values[values != np.floor(values)][0])
         msg = (
             f"{where} has values that are not whole (e.g. {odd:.4g}): perhaps log-normalised data; "
-            'give the raw counts, e.g. layer="counts" or adata.raw.to_adata()'
+            'give the raw counts, e.g. layer="counts"'
         )
         raise ValueError(msg)
     if values.size and values.max() > MAX_COUNT:

@@ -25,6 +25,7 @@ from pyrosc.programs import (
     check_programs,
     copied,
     elbo_of,
+    is_of_each_cell,
     isolated,
     kl_by_site,
     modules_of,
@@ -36,7 +37,7 @@ from pyrosc.random import seeded
 from pyrosc.reading import as_counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """A trained model and guide: the record that every question is put to.
 
@@ -52,8 +53,8 @@ class Fit:
     schema
         Names of genes, batches, labels and covariates.
     history : DataFrame
-        One row an epoch: ``train`` and ``validation`` (loss in nats per cell, lower is better; train is as
-        minimised, with dropout and the KL weight of the time), ``kl_<site>`` (nats per cell, on the
+        One row an epoch: ``train`` and ``validation`` (loss in nats per cell, lower is better; train has the
+        dropout and the KL weight of the time), ``kl_<site>`` (nats per cell, on the
         validation cells), ``kl_weight``, ``learning_rate``, ``seconds`` since the start.
     settings
         What :func:`fit_svi` was given, and what it chose.
@@ -160,8 +161,8 @@ def fit_svi(
         Weight of the KL at the end: 1 is the ELBO, more is a beta-VAE.
     validation
         Share of the cells kept out of the training to measure the loss after each epoch; the parameters of
-        the best epoch are the fit's. 0 trains on all cells to the end; it is what programs with parameters
-        of each cell need.
+        the best epoch are the fit's. 0 trains on all cells to the end; programs with parameters of each cell
+        need that, since a validation cell has none.
     patience
         Stop after so many epochs without a better validation loss; a sixth of the planned epochs by default,
         and at least 5.
@@ -200,6 +201,9 @@ def fit_svi(
     ``pyro.infer.SVI.step``, divided by the number of cells.
     """
     data = as_counts(data)
+    if not data.n_cells:
+        msg = "no cells: the selection is empty"
+        raise ValueError(msg)
     _check_settings(
         epochs=epochs,
         minibatch_size=minibatch_size,
@@ -209,7 +213,11 @@ def fit_svi(
         validation=validation,
         patience=patience,
         clip_norm=clip_norm,
+        weight_decay=weight_decay,
+        seed=seed,
     )
+    minibatch_size, seed = int(minibatch_size), int(seed)
+    _check_made_for(model, data)
     on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     program, separate_guide = copied(model, guide)
     for module in modules_of(program, separate_guide):
@@ -217,7 +225,7 @@ def fit_svi(
     train_rows, validation_rows = split(data.n_cells, validation, seed)
     minibatch_size = min(minibatch_size, len(train_rows))
     steps = -(-len(train_rows) // minibatch_size)
-    epochs = planned_epochs(steps) if epochs is None else epochs
+    epochs = planned_epochs(steps) if epochs is None else int(epochs)
     settings = {
         "epochs": epochs,
         "steps_per_epoch": steps,
@@ -258,12 +266,32 @@ def split(n_cells: int, validation: float, seed: int) -> tuple[np.ndarray, np.nd
     return np.sort(order[n:]), np.sort(order[:n])
 
 
+def _check_made_for(program: Any, data: Counts) -> None:
+    """Raise if a model was built for data of other genes, batches or covariates."""
+    made_for = getattr(program, "schema", None)
+    if not isinstance(made_for, Schema):
+        return
+    for name in ("genes", "batches", "categorical", "continuous"):
+        if getattr(made_for, name) != getattr(data.schema, name):
+            msg = (
+                f"the model was built for other {name} than this data has: build it with for_data(data) anew"
+            )
+            raise ValueError(msg)
+
+
 def _check_settings(**settings: Any) -> None:
     """Raise where a setting is out of range."""
-    for name, least in (("epochs", 1), ("minibatch_size", 1), ("kl_warmup", 0), ("patience", 1)):
-        if settings[name] is not None and (settings[name] < least or settings[name] != int(settings[name])):
+    whole = {"epochs": 1, "minibatch_size": 1, "kl_warmup": 0, "patience": 1, "seed": 0}
+    for name, least in whole.items():
+        value = settings[name]
+        if value is None and name not in ("minibatch_size", "seed"):
+            continue
+        if not hasattr(value, "__index__") or value < least:
             msg = f"{name} must be a whole number of at least {least}, not {settings[name]!r}"
             raise ValueError(msg)
+    if settings["weight_decay"] is not None and not 0 <= settings["weight_decay"] < math.inf:
+        msg = f"weight_decay must be at least 0, not {settings['weight_decay']!r}"
+        raise ValueError(msg)
     for name in ("learning_rate", "kl_weight", "clip_norm"):
         if settings[name] is not None and not 0 < settings[name] < math.inf:
             msg = f"{name} must be more than 0, not {settings[name]!r}"
@@ -289,11 +317,18 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
     """Train in place; return the history and the epoch whose parameters were kept."""
     start = time.perf_counter()
     first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+    for module in problem.modules:
+        module.eval()  # so that a run of the programs leaves their running moments alone
     with seeded(first.device, settings["seed"]):
         check_programs(problem.model, problem.guide, problem.train.cells(first))
     own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)
+    each = is_of_each_cell(problem.model, problem.guide, problem.train.cells(first), state)
+    settings["parameters_of_each_cell"] = each
+    if each and settings["n_train"] < settings["n_cells"]:
+        msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
+        raise ValueError(msg)
     step = _Stepper(problem, [tensor for tensor in state if tensor.requires_grad], settings)
     rows: list[dict[str, float]] = []
     best, best_loss, kept = 0, math.inf, state

@@ -3,7 +3,7 @@ import torch
 from scipy import stats
 
 from pyrosc import distributions
-from pyrosc.likelihoods import NegativeBinomial, Poisson, ZeroInflated, likelihood
+from pyrosc.likelihoods import NegativeBinomial, Poisson, ZeroInflated, likelihood_of
 
 MEAN = torch.tensor([[0.5, 2.0, 9.0], [1.0, 1.0, 4.0]])
 H = torch.tensor([[1.0, -1.0], [0.5, 2.0]])
@@ -20,7 +20,7 @@ BATCH = torch.tensor([0, 1])
     ],
 )
 def test_each_name_gives_its_distribution(name, outer, inner):
-    p = likelihood(name, n_genes=3, n_hidden=2)(MEAN, H, BATCH)
+    p = likelihood_of(name, n_genes=3, n_hidden=2)(MEAN, H, BATCH)
     assert type(p) is outer
     assert inner is None or type(p.base) is inner
     assert p.batch_shape == (2, 3)
@@ -30,7 +30,7 @@ def test_each_name_gives_its_distribution(name, outer, inner):
 @pytest.mark.parametrize("name", ["NB", "normal", "", "zinb "])
 def test_an_unknown_name_is_told_the_known_ones(name):
     with pytest.raises(ValueError, match='"poisson", "nb", "zip" or "zinb"'):
-        likelihood(name, n_genes=3, n_hidden=2)
+        likelihood_of(name, n_genes=3, n_hidden=2)
 
 
 def test_poisson_and_nb_against_scipy():
@@ -45,7 +45,7 @@ def test_poisson_and_nb_against_scipy():
 
 
 def test_each_batch_has_inverse_dispersions_of_its_own():
-    nb = likelihood("nb", n_genes=3, n_hidden=2, n_batches=2)
+    nb = likelihood_of("nb", n_genes=3, n_hidden=2, n_batches=2)
     nb.log_inverse_dispersion.data = torch.tensor([[0.0, 1.0, 2.0], [-1.0, -2.0, -3.0]])
     for batch in (torch.tensor([0, 1]), torch.tensor([1, 1])):
         p = nb(MEAN, H, batch)
@@ -53,7 +53,7 @@ def test_each_batch_has_inverse_dispersions_of_its_own():
         # With draws in front
         p = nb(MEAN.expand(4, 2, 3), H.expand(4, 2, 2), batch)
         torch.testing.assert_close(p.inverse_dispersion[3], nb.log_inverse_dispersion.exp()[batch])
-    assert likelihood("nb", n_genes=3, n_hidden=2).log_inverse_dispersion.shape == (1, 3)
+    assert likelihood_of("nb", n_genes=3, n_hidden=2).log_inverse_dispersion.shape == (1, 3)
 
 
 def test_the_gate_is_linear_in_the_features_and_wraps_any_base():
@@ -66,6 +66,6 @@ def test_the_gate_is_linear_in_the_features_and_wraps_any_base():
 
 def test_gradients_reach_the_parameters():
     x = torch.tensor([[0.0, 3.0, 7.0], [1.0, 0.0, 4.0]])
-    zinb = likelihood("zinb", n_genes=3, n_hidden=2, n_batches=2)
+    zinb = likelihood_of("zinb", n_genes=3, n_hidden=2, n_batches=2)
     zinb(MEAN, H, BATCH).log_prob(x).sum().backward()
     assert all((p.grad != 0).any() and torch.isfinite(p.grad).all() for p in zinb.parameters())

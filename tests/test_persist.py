@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pairs
+import pandas as pd
 import pyro
 import pytest
 import torch
@@ -346,3 +347,33 @@ def test_crashes_in_a_row_do_not_lose_the_old_fit(vae_fit, rich_fit, tmp_path, m
             assert pairs.same_bits(pyrosc.load(place), vae_fit)
     rich_fit.save(place)
     assert pairs.same_bits(pyrosc.load(place), rich_fit)
+
+
+def test_a_model_with_another_part_must_be_brought_again(data, tmp_path):
+    vae = pyrosc.VAE.for_data(data, n_latent=2, hidden=(4,))
+    vae.likelihood = pyrosc.VAE.for_data(data, likelihood="poisson", n_latent=2, hidden=(4,)).likelihood
+    fit = pyrosc.fit_svi(vae, data, epochs=1, progress=False)
+    fit.save(tmp_path / "fit")
+    with pytest.raises(ValueError, match="program of your own"):
+        pyrosc.load(tmp_path / "fit")
+    loaded = pyrosc.load(tmp_path / "fit", model=vae)
+    np.testing.assert_array_equal(pyrosc.latent(loaded, data), pyrosc.latent(fit, data))
+
+
+def test_numbers_of_numpy_are_saved_and_the_record_is_strict_json(data, tmp_path):
+    vae = pyrosc.VAE.for_data(data, n_latent=2, hidden=(4,))
+    vae.recipe = vae.recipe | {"n_latent": np.int64(2), "hidden": np.array([4])}
+    fit = pyrosc.fit_svi(vae, data, epochs=1, validation=0.0, progress=False)
+    fit.settings["learning_rate"] = np.float32(0.5)
+    fit.save(tmp_path / "fit")
+    text = (tmp_path / "fit" / "fit.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    pd.testing.assert_frame_equal(pyrosc.load(tmp_path / "fit").history, fit.history)
+
+
+def test_a_link_to_a_directory_stays_a_link(vae_fit, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    vae_fit.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert pyrosc.load(tmp_path / "real").schema == vae_fit.schema

@@ -1,6 +1,7 @@
 """Programs run from outside: pairing, isolation, the KL weight, checks."""
 
 import math
+import types
 
 import pairs
 import pyro
@@ -70,7 +71,9 @@ def test_modules_behind_programs():
     model, guide = pairs.two_functions(5)
     auto = AutoNormal(model)
     assert modules_of(two, None) == [two]
-    assert modules_of(two.model, two.guide) == [two, two]
+    assert modules_of(two.model, two.guide) == [two]
+    plain = types.SimpleNamespace(net=two, size=3)
+    assert modules_of(plain) == [two]  # the parts of an object that is no module itself
     assert modules_of(model, auto) == [auto]
     assert modules_of(model, guide) == []
 

@@ -10,10 +10,9 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 from pyrosc.cells import Cells
-from pyrosc.counts import Counts
+from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
-from pyrosc.likelihoods import Likelihood
-from pyrosc.likelihoods import likelihood as likelihood_of
+from pyrosc.likelihoods import Likelihood, likelihood_of
 from pyrosc.networks import Covariates, Decoder, Encoder
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
@@ -39,7 +38,8 @@ class VAE(nn.Module):
 
     Departures from scVI: the library is observed by default, and the guide of a latent one corrects the
     observed total; covariates enter the first layer and the last, where each gene has an offset of its own;
-    the last layer's bias starts at the genes' mean shares; weights have a normal prior.
+    the last layer's bias starts at the genes' mean shares; all parameters, log theta among them, have a
+    normal prior of precision 5 (the attribute ``weight_decay``), which the losses reported leave out.
 
     Parameters
     ----------
@@ -63,6 +63,7 @@ class VAE(nn.Module):
     elbo = TraceMeanField_ELBO
     weight_decay = 5.0
     recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class VAE(nn.Module):
                 *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
                 StandardNormal(n_latent),
             )
-        vae.recipe = recipe
+        vae.recipe, vae.schema = recipe, data.schema
         return vae
 
     def model(self, cells: Cells) -> None:
