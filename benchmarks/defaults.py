@@ -116,7 +116,11 @@ def main() -> None:
         "versions": common.versions("pyrosc", "torch", "pyro-ppl", "scanpy", "numpy"),
         "machine": common.machine(),
         "seeds": options.seeds,
-        "settings": {"draws": options.draws, "variants": {name: VARIANTS[name] for name in options.variants}},
+        "settings": {
+            "draws": options.draws,
+            "threads": options.threads,
+            "variants": {name: VARIANTS[name] for name in options.variants},
+        },
     }
     rows = []
     if options.smoke:

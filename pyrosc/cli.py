@@ -212,13 +212,25 @@ def _annotated(
     adata.obsm["X_vae"] = z
     adata.obsm["X_vae_tsne"] = plots.layout(z, seed=seed)
     adata.layers["imputed"] = imputation.mean
-    adata.obs["cluster"] = pd.Categorical(_clusters(z, len(data.schema.labels), seed).astype(str))
+    adata.obs["cluster"] = _named(_clusters(z, len(data.schema.labels), seed), adata.obs[LABELS])
     adata.obs["held_out"] = np.isin(np.arange(len(adata)), test)
     return adata
 
 
 def _clusters(z: np.ndarray, n: int, seed: int) -> np.ndarray:
     return KMeans(n, n_init=10, random_state=seed).fit_predict(z)
+
+
+def _named(clusters: np.ndarray, labels: pd.Series) -> pd.Series:
+    """Name each cluster after the label that most of its cells have, in the order of the labels."""
+    counts = pd.crosstab(clusters, labels.cat.codes)
+    order = sorted(counts.index, key=lambda cluster: int(counts.loc[cluster].idxmax()))
+    names = [
+        f"{i}: mostly {labels.cat.categories[counts.loc[cluster].idxmax()]}"
+        for i, cluster in enumerate(order, start=1)
+    ]
+    named = pd.Categorical([names[order.index(cluster)] for cluster in clusters], categories=names)
+    return pd.Series(named, index=labels.index)
 
 
 def _write(output: Path, found: _Findings, data: Counts) -> None:
@@ -230,8 +242,8 @@ def _write(output: Path, found: _Findings, data: Counts) -> None:
     both = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = both.subplots(1, 2)
     xy, obs = found.adata.obsm["X_vae_tsne"], found.adata.obs
-    plots.embedding(xy, obs[LABELS], title="known labels (number of cells)", ax=left)
-    plots.embedding(xy, obs["cluster"], title="k-means clusters (number of cells)", ax=right)
+    plots.embedding(xy, obs[LABELS], title="t-SNE of the latent space: known labels (cells)", ax=left)
+    plots.embedding(xy, obs["cluster"], title="the same: k-means clusters (cells)", ax=right)
     pictures = {
         LOSSES: plots.history(found.fit).figure,
         SPACE: both,
@@ -285,7 +297,8 @@ Do clusters agree with the known types? Adjusted Rand index (1: the same groups,
   {"":<42} the VAE's latent space   scanpy's 50 PCs
   {f"{n} clusters, {n} labels":<42} {vae:>12.2f} {pca:>23.2f}
   {f"{n_merged} clusters, the T-cell labels taken as one":<42} {few_vae:>12.2f} {few_pca:>23.2f}
-The labels are those of the sorted population whose average is most like the cell: noisy among T cells."""
+The labels are those of the sorted population whose average is most like the cell: noisy among T cells.
+The PCs were made from the expression of all 700 cells; the VAE saw the counts of four in five."""
 
 
 def _genes_text(found: _Findings) -> str:
@@ -297,9 +310,10 @@ def _genes_text(found: _Findings) -> str:
         lines.append(f"  {group} ({sizes[group]} cells; {counts}):\n    {', '.join(up.gene[:8]) or 'none'}")
     return "\n".join(
         [
-            "Which genes differ in a cell type against the rest? Calls at an expected FDR of 5 %; named are",
-            "the genes that are higher by the largest amount that is sure. The labels came from expression,",
-            "so this shows what defines a label; and one donor says nothing about others.",
+            "Which genes differ in a cell type against the rest? Calls at an expected false discovery rate",
+            "of 5 % over all types together. Named are genes that are higher by the widest margin: the lower",
+            "end of the fold change's 90 % interval decides. The labels came from expression, so this shows",
+            "what defines a label; and one donor says nothing about others.",
             *lines,
         ]
     )

@@ -249,9 +249,9 @@ def differential_expression(
     DataFrame
         A row for each gene of each comparison, by group and then by evidence: the error of the call, then
         |lfc_mean| / lfc_sd, then the fit's order: gene, group, reference; the columns of :func:`compare`;
-        mean_share and mean_share_reference (of the counts; with ``"cell"``, of the draws), raw_mean and
-        raw_mean_reference (counts per cell), expressing and expressing_reference (share of the cells that have a count). With
-        ``"mean"`` these describe the cells that were compared.
+        mean_share and mean_share_reference (of the counts of these genes; with ``"cell"``, of the draws),
+        raw_mean and raw_mean_reference (counts per cell), expressing and expressing_reference (share of the
+        cells that have a count). With ``"mean"`` these describe the cells that were compared.
 
     Raises
     ------

@@ -119,6 +119,31 @@ def own_parameters(modules: list[nn.Module]) -> None:
     store.set_state(state)
 
 
+def check_all_found(loss: Tensor, known: list[Tensor]) -> None:
+    """Raise if the loss depends on parameters that are not among the known ones: they would not be trained.
+
+    Raises
+    ------
+    ValueError
+        If there are any: those of a module which a function closes over, for example.
+    """
+    ids, seen, nodes = {id(tensor) for tensor in known}, set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ids:
+            msg = (
+                f"the loss depends on a parameter of shape {tuple(leaf.shape)} that is in no program and no "
+                "param store, and would not be trained: make model and guide two methods of one nn.Module "
+                "that holds it"
+            )
+            raise ValueError(msg)
+
+
 def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
     """Return the estimator: as asked, as the program's attribute says, or Trace_ELBO."""
     chosen = getattr(program, "elbo", Trace_ELBO) if elbo is None else elbo

@@ -22,6 +22,7 @@ from pyrosc.cells import Cells, Resident
 from pyrosc.counts import Counts, Schema
 from pyrosc.programs import (
     Program,
+    check_all_found,
     check_programs,
     copied,
     elbo_of,
@@ -324,6 +325,9 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
     own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)
+    with seeded(first.device, settings["seed"]):
+        cells = problem.train.cells(first)
+        check_all_found(weighted_loss(problem.elbo, problem.model, problem.guide, cells), state)
     each = is_of_each_cell(problem.model, problem.guide, problem.train.cells(first), state)
     settings["parameters_of_each_cell"] = each
     if each and settings["n_train"] < settings["n_cells"]:

@@ -736,3 +736,22 @@ def test_torchs_own_validation_flag_is_left_alone(data):
         assert torch.distributions.Distribution._validate_args is False
     finally:
         torch.distributions.Distribution.set_default_validate_args(True)
+
+
+def test_parameters_that_functions_close_over_are_not_left_untrained(data):
+    net = nn.Linear(2, data.n_genes)
+
+    def model(cells):
+        with plate(cells):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            x = dist.Poisson(cells.library * net(z).softmax(-1))
+            pyro.sample("x", x.to_event(1), obs=cells.x)
+
+    def guide(cells):
+        loc = pyro.param("loc", torch.zeros(2))
+        with plate(cells):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="would not be trained"):
+        fit_svi(model, data, guide, epochs=1, progress=False)
+    assert net.weight.grad is None
