@@ -223,13 +223,13 @@ def _clusters(z: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 def _named(clusters: np.ndarray, labels: pd.Series) -> pd.Series:
     """Name each cluster after the label that most of its cells have, in the order of the labels."""
-    counts = pd.crosstab(clusters, labels.cat.codes)
-    order = sorted(counts.index, key=lambda cluster: int(counts.loc[cluster].idxmax()))
-    names = [
-        f"{i}: mostly {labels.cat.categories[counts.loc[cluster].idxmax()]}"
-        for i, cluster in enumerate(order, start=1)
-    ]
-    named = pd.Categorical([names[order.index(cluster)] for cluster in clusters], categories=names)
+    kinds = labels.cat.categories
+    counts = np.zeros((clusters.max() + 1, len(kinds)), int)
+    np.add.at(counts, (clusters, labels.cat.codes), 1)
+    most = counts.argmax(1)
+    order = most.argsort(kind="stable")
+    names = [f"{i}: mostly {kinds[most[cluster]]}" for i, cluster in enumerate(order, start=1)]
+    named = pd.Categorical.from_codes(order.argsort()[clusters], dtype=pd.CategoricalDtype(names))
     return pd.Series(named, index=labels.index)
 
 
