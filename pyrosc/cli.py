@@ -240,10 +240,11 @@ def _write(output: Path, found: _Findings, data: Counts) -> None:
     found.table.to_csv(output / TABLE, index=False, float_format="%.5g")
     markers = [gene for gene in MARKERS if gene in data.schema.genes]
     both = Figure(figsize=(13, 4.8), layout="constrained")
+    both.suptitle("t-SNE of the latent space", fontsize="x-large")
     left, right = both.subplots(1, 2)
     xy, obs = found.adata.obsm["X_vae_tsne"], found.adata.obs
-    plots.embedding(xy, obs[LABELS], title="t-SNE of the latent space: known labels (cells)", ax=left)
-    plots.embedding(xy, obs["cluster"], title="the same: k-means clusters (cells)", ax=right)
+    plots.embedding(xy, obs[LABELS], title="known labels (cells)", ax=left)
+    plots.embedding(xy, obs["cluster"], title="k-means clusters (cells)", ax=right)
     pictures = {
         LOSSES: plots.history(found.fit).figure,
         SPACE: both,
