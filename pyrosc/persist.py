@@ -154,7 +154,7 @@ def _recipe(fit: Fit) -> dict[str, Any] | None:
     name, arguments = type(fit.program).__name__, getattr(fit.program, "recipe", None)
     if arguments is None or fit.separate_guide is not None or name not in models.__all__:
         return None
-    recipe = {"class": name, "arguments": arguments}
+    recipe = {"class": name, "arguments": json.loads(json.dumps(arguments, default=_plain))}
     # Whoever exchanged a part of the model has to bring it again.
     return recipe if repr(_build(recipe, fit.schema)[0]) == repr(fit.program) else None
 

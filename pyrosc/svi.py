@@ -327,7 +327,7 @@ def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple
     state = _state(problem.modules)
     with seeded(first.device, settings["seed"]):
         cells = problem.train.cells(first)
-        check_all_found(weighted_loss(problem.elbo, problem.model, problem.guide, cells), state)
+        check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
     each = is_of_each_cell(problem.model, problem.guide, problem.train.cells(first), state)
     settings["parameters_of_each_cell"] = each
     if each and settings["n_train"] < settings["n_cells"]:
