@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyrosc import models
 from pyrosc.counts import Counts, Schema
-from pyrosc.programs import check_programs, copied, isolated, modules_of, own_parameters, pair
+from pyrosc.programs import check_programs, copied, device_of, isolated, modules_of, own_parameters, pair
 from pyrosc.svi import Fit
 
 FORMAT = 1
@@ -94,7 +94,7 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
         raise ValueError(msg)
     tensors = load_file(directory / TENSORS)
     schema = _schema_from_json(record["schema"])
-    on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    on = device_of(device)
     program, separate_guide = _build(record["program"], schema) if model is None else copied(model, guide)
     for module in modules_of(program, separate_guide):
         module.to(on).eval()

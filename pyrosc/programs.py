@@ -150,6 +150,11 @@ def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
     return chosen() if isinstance(chosen, type) else chosen
 
 
+def device_of(device: str | torch.device) -> torch.device:
+    """Return the device of a name; ``"auto"`` is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
 def modules_of(*programs: Any) -> list[nn.Module]:
     """Return the modules behind programs: the program, the object whose method it is, or that one's parts."""
     owners = [getattr(program, "__self__", program) for program in programs]

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,6 +24,7 @@ from pyrosc.programs import (
     check_all_found,
     check_programs,
     copied,
+    device_of,
     elbo_of,
     is_of_each_cell,
     isolated,
@@ -32,6 +32,7 @@ from pyrosc.programs import (
     modules_of,
     own_parameters,
     pair,
+    traces,
     weighted_loss,
 )
 from pyrosc.random import seeded
@@ -219,7 +220,7 @@ def fit_svi(
     )
     minibatch_size, seed = int(minibatch_size), int(seed)
     _check_made_for(model, data)
-    on = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    on = device_of(device)
     program, separate_guide = copied(model, guide)
     for module in modules_of(program, separate_guide):
         module.to(on)
@@ -465,8 +466,7 @@ def _measured(problem: _Problem, cells: Cells, settings: dict[str, Any]) -> dict
 
 def _blame(problem: _Problem, step: _Stepper, which: int, cells: Cells) -> str:
     """Say where a loss stopped being finite."""
-    guided = poutine.trace(problem.guide).get_trace(cells)
-    modelled = poutine.trace(poutine.replay(problem.model, guided)).get_trace(cells)
+    guided, modelled = traces(problem.model, problem.guide, cells)
     sites: dict[str, Tensor] = {}
     for trace in (modelled, guided):
         trace.compute_log_prob()
