@@ -3,19 +3,27 @@
 Each log density is written twice: at a zero, where it is simple and is evaluated densely, and at a positive
 count, where it needs special functions and is evaluated in float64 for just those entries (a tenth of a
 typical count matrix). Partial derivatives come in closed form, so autograd differentiates none of it.
+
+What programs ask for is the density of whole cells, ``NegativeBinomial(...).to_event(1)``. On a CPU that is one
+compiled loop (`kernels.py`); elsewhere, and entry by entry, the torch operations written here.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, final
 
 import torch
 from jaxtyping import Float, Num
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch import Independent
+from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import softplus
 
+_log = logging.getLogger(__name__)
 _SMALLEST_MEAN = torch.finfo(torch.float32).tiny  # at a positive count, where a mean of 0 gives -inf
 _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a library size it is finite in float32
 _LARGEST_RATE = 4e9  # CUDA's Poisson sampler counts in 32 bits
@@ -72,6 +80,10 @@ class Poisson(TorchDistribution):
         with torch.no_grad():
             rate = self._mean.expand(self._extended_shape(Size(sample_shape)))
             return torch.poisson(rate.clamp(max=_LARGEST_RATE))
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
+        return _as_event(self, reinterpreted_batch_ndims)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Poisson":
         """Broadcast to a larger batch shape, without copying."""
@@ -155,6 +167,10 @@ class NegativeBinomial(TorchDistribution):
             theta = self._inverse_dispersion.expand(self._extended_shape(Size(sample_shape)))
             rate = torch._standard_gamma(theta) * (self._mean / theta)
             return torch.poisson(rate.clamp(max=_LARGEST_RATE))
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
+        return _as_event(self, reinterpreted_batch_ndims)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "NegativeBinomial":
         """Broadcast to a larger batch shape, without copying."""
@@ -242,6 +258,10 @@ class ZeroInflated(TorchDistribution):
             dropout = torch.bernoulli(torch.sigmoid(self._gate_logits).expand(counts.shape))
             return counts.masked_fill(dropout.bool(), 0)
 
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
+        """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
+        return _as_event(self, reinterpreted_batch_ndims)
+
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ZeroInflated":
         """Broadcast to a larger batch shape, without copying."""
         new = self._get_checked_instance(ZeroInflated, _instance)
@@ -257,6 +277,94 @@ def _expanded(old: Any, new: Any, batch_shape: Sequence[int]) -> Any:
     TorchDistribution.__init__(new, Size(batch_shape), validate_args=False)
     new._validate_args = old._validate_args
     return new
+
+
+class _Cell(Independent):
+    """Counts whose rightmost axes are one event: as any Independent, but summed over genes as it goes."""
+
+    def log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
+        base = self.base_dist
+        if self._validate_args:
+            base._validate_sample(value)
+        parameters = _parameters(base)
+        tensors = [value, *(p for p in parameters or () if p is not None)]
+        if parameters is None or not _kernels() or not _suits_kernels(tensors):
+            return super().log_prob(value)
+        if not torch.is_grad_enabled():
+            parameters = [p if p is None else p.detach() for p in parameters]
+        log_prob = _Rows.apply(value, *parameters)
+        log_prob = log_prob.expand(torch.broadcast_shapes(base.batch_shape[:-1], log_prob.shape))
+        return sum_rightmost(log_prob, self.reinterpreted_batch_ndims - 1)
+
+
+def _as_event(base: Any, n_axes: int | None) -> Any:
+    n_axes = len(base.batch_shape) if n_axes is None else n_axes
+    return _Cell(base, n_axes) if n_axes > 0 else TorchDistribution.to_event(base, n_axes)
+
+
+def _parameters(d: Any) -> list[Tensor | None] | None:
+    """Return mean, inverse dispersion and gate logits; None where there is none, or no such distribution."""
+    if isinstance(d, Poisson):
+        return [d._mean, None, None]
+    if isinstance(d, NegativeBinomial):
+        return [d._mean, d._inverse_dispersion, None]
+    if isinstance(d, ZeroInflated) and isinstance(d.base, Poisson | NegativeBinomial):
+        return [*_parameters(d.base)[:2], d._gate_logits]  # type: ignore[index]
+    return None
+
+
+def _suits_kernels(tensors: Sequence[Tensor]) -> bool:
+    value, *parameters = tensors
+    return all(t.device.type == "cpu" for t in tensors) and all(p.dtype == torch.float32 for p in parameters)
+
+
+@cache
+def _kernels() -> Any:
+    """Return the compiled loops; None, and a word about it, where numba does not import."""
+    try:
+        from pyrosc import kernels  # numba takes a while to import: not before there is a density to evaluate
+    except ImportError as error:
+        _log.warning("numba does not import (%s): densities take the slower path of torch operations", error)
+        return None
+    return kernels
+
+
+class _Rows(torch.autograd.Function):
+    """The log density of rows of counts by `kernels.py`, and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor | None) -> Any:
+        tensors = [value.to(torch.float32), *parameters]
+        ctx.shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
+        ctx.wanted, ctx.shapes = ctx.needs_input_grad[1:], [None if p is None else p.shape for p in parameters]
+        rows = [None if t is None else _rows_of(t, ctx.shape) for t in tensors]
+        log_prob, *slopes = torch.ops.pyrosc.log_density(*rows, list(ctx.wanted))
+        ctx.save_for_backward(*(slope for slope, want in zip(slopes, ctx.wanted, strict=True) if want))
+        return log_prob.view(ctx.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = iter(ctx.saved_tensors)
+        wanted = zip(ctx.wanted, ctx.shapes, strict=True)
+        return None, *(_chained(grad, next(slopes), ctx.shape, n) if want else None for want, n in wanted)
+
+
+def _rows_of(tensor: Tensor, shape: Size) -> Tensor:
+    """Return (rows, genes) whose repetition is the broadcast; gene-wise parameters are one row."""
+    sizes = tensor.shape
+    while len(sizes) > 1 and sizes[0] == 1:
+        sizes = sizes[1:]
+    sizes = sizes or Size((1,))
+    return tensor.reshape(sizes).expand(shape[len(shape) - len(sizes) :]).reshape(-1, shape[-1]).contiguous()
+
+
+def _chained(grad: Tensor, slope: Tensor, shape: Size, to: Size) -> Tensor:
+    """Multiply by the gradient in each row's density; sum over what shares a parameter."""
+    rows = grad.reshape(-1)
+    if to.numel() == shape[-1] and to[-1:] == shape[-1:]:  # gene-wise: a sum over rows, without their product
+        return (rows @ slope).view(to)
+    return (rows.unsqueeze(-1) * slope).view(shape).sum_to_size(to)
 
 
 # The log densities at zero and at a positive count x, each with its partial derivatives, computed only if

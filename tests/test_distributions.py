@@ -85,6 +85,16 @@ def value_and_gradients(make, x, parameters):
     return [log_prob.detach(), *torch.autograd.grad(log_prob.sum(), parameters)]
 
 
+class OneGene:
+    """Each entry as a cell of one gene: the density of whole cells, which is compiled on a CPU."""
+
+    def __init__(self, d):
+        self.d = d
+
+    def log_prob(self, x):
+        return self.d.to_event(1).log_prob(x.unsqueeze(-1))
+
+
 def example(name, shape=(4, 6), dtype=torch.float64, seed=0):
     """A distribution's parameters, unlike in shape, and counts of which half are zero."""
     rng = torch.Generator().manual_seed(seed)
@@ -100,9 +110,11 @@ def example(name, shape=(4, 6), dtype=torch.float64, seed=0):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("compiled", [False, True])
 @ALL
-def test_value_and_gradients_match_mpmath(name, dtype, rtol):
-    make, reference, grids = CASES[name]
+def test_value_and_gradients_match_mpmath(name, dtype, rtol, compiled):
+    entrywise, reference, grids = CASES[name]
+    make = (lambda *p: OneGene(entrywise(*(q.unsqueeze(-1) for q in p)))) if compiled else entrywise
     x, *parameters = columns(itertools.product(COUNTS, *grids), dtype)
     rows = zip(x.tolist(), *(p.tolist() for p in parameters), strict=True)
     expected = zip(*(reference(*map(mpmath.mpf, row)) for row in rows), strict=True)

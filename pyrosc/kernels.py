@@ -1,0 +1,351 @@
+"""Loops over counts on a CPU, compiled by numba: densities of whole cells, and the making of minibatches.
+
+Each is one pass over the entries where the same in torch operations is thirty, and is written down twice: here
+for speed, and there, in `distributions.py`, for every device and as the reference that tests compare with.
+Rows are shared among torch's threads; the result does not depend on how many there are.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALONE = 1 << 15  # entries below which waking another thread costs more than it saves
+_EXACT = 16  # counts up to this have their rising factorial multiplied out
+_WIDE = 512  # entries summed in float32 before the sum goes on in float64
+
+# Sums may be reordered, so that they run in the processor's vectors; NaN and infinity keep their meaning.
+_compiled = numba.njit(
+    nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"}
+)
+_inlined = numba.njit(inline="always")
+
+_LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(1024)])
+_LARGEST, _LARGEST64 = np.float32(3e38), 1e308
+_STEEPEST = 1e30
+_SMALLEST_MEAN = float(torch.finfo(torch.float32).tiny)
+_LN2 = math.log(2.0)
+
+# 2 atanh(s) = 2 s + s q(s^2), the log of (1 + s) / (1 - s); here |s| < 0.172.
+_F0, _F1, _F2, _F3, _F4 = (np.float32(2 / k) for k in (3, 5, 7, 9, 11))
+_ONE, _TWO, _LN2_32 = np.float32(1), np.float32(2), np.float32(_LN2)
+
+
+@_inlined
+@no_type_check
+def _log_parts(u: float, less_one: float) -> tuple[float, float, float, float]:
+    """Return (e, f, s, q) with log u = e log 2 + s (2 + q), for a normal float64 u > 0.
+
+    f is u / 2^e - 1, in [-0.3, 0.42), and s is f / (2 + f). Where e = 0, f is `less_one`: u - 1 without
+    the rounding that u has, so that logs near 0 keep their digits.
+    """
+    bits = np.float64(u).view(np.int64)
+    e = (bits - np.int64(0x3FE6A09E667F3BCD)) >> np.int64(52)
+    mantissa = np.int64(bits - (e << np.int64(52))).view(np.float64)
+    f = less_one if e == 0 else mantissa - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    q = 2.0 / 17
+    q = q * z + 2.0 / 15
+    q = q * z + 2.0 / 13
+    q = q * z + 2.0 / 11
+    q = q * z + 2.0 / 9
+    q = q * z + 2.0 / 7
+    q = q * z + 2.0 / 5
+    q = q * z + 2.0 / 3
+    return np.float64(e), f, s, q * z
+
+
+@_inlined
+@no_type_check
+def _log(u: float) -> float:
+    e, _, s, q = _log_parts(u, u - 1.0)
+    log = e * _LN2 + s * (2.0 + q)
+    return log if u < _LARGEST64 else u
+
+
+@_inlined
+@no_type_check
+def _exp(y: float) -> float:
+    """Exponential of a number that is not positive; below -700, of -700."""
+    y = -700.0 if y < -700.0 else y
+    n = math.floor(y * (1.0 / _LN2) + 0.5)
+    r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
+    p = 1.0 / 362880
+    p = p * r + 1.0 / 40320
+    p = p * r + 1.0 / 5040
+    p = p * r + 1.0 / 720
+    p = p * r + 1.0 / 120
+    p = p * r + 1.0 / 24
+    p = p * r + 1.0 / 6
+    p = p * r + 0.5
+    p = p * r + 1.0
+    p = p * r + 1.0
+    return p * np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
+
+
+@_inlined
+@no_type_check
+def _nb_at_zero(mu: float, theta: float) -> tuple[float, float, float]:
+    """Return log p(0), its slope in mu and its slope in theta, float64.
+
+    With r = mu / theta: -theta log(1 + r), -1 / (1 + r) and r / (1 + r) - log(1 + r); the last cancels where
+    r is small, and is there summed as -s r / (1 + r) - s q, whose terms have one sign.
+    """
+    r = mu / theta
+    u = 1.0 + r
+    e, f, s, q = _log_parts(u, r)
+    log = e * _LN2 + s * (2.0 + q)
+    log = log if u < _LARGEST64 else u
+    d = 1.0 / u
+    return -theta * log, -d, -(s * (f * d + q)) if e == 0.0 else r * d - log
+
+
+@_inlined
+@no_type_check
+def _zero_inflated_at_zero(y: float, g: float) -> tuple[float, float, float]:
+    """Return log(pi + (1 - pi) p0), its slope in y = log p0 and its slope in g = logit pi, float64."""
+    small = _exp(-abs(g))
+    bound = 1.0 / (1.0 + small)
+    pi = bound if g > 0 else small * bound
+    kept = small * bound if g > 0 else bound
+    p0 = _exp(y) if y == y else y
+    lost = -y * (1.0 + y * (0.5 + y * (1.0 / 6 + y * (1.0 / 24)))) if y > -1e-3 else 1.0 - p0
+    positive = kept * lost
+    p = pi + kept * p0
+    e, _, s, q = _log_parts(p, -positive)
+    log = e * _LN2 + s * (2.0 + q)
+    log = log if p < _LARGEST64 else p
+    return log, kept * p0 / p, pi * positive / p
+
+
+@numba.njit(cache=True, error_model="numpy")
+@no_type_check
+def _stirling(z: float) -> tuple[float, float]:
+    """Return lgamma(z) less (z - 1/2) log z - z, up to a constant, and digamma(z) less log z - 1 / (2 z).
+
+    For z >= 6 (Abramowitz and Stegun 6.1.41, 6.3.18).
+    """
+    w = 1.0 / (z * z)
+    value = (1 / 12 + w * (-1 / 360 + w * (1 / 1260 + w * (-1 / 1680 + w * (1 / 1188))))) / z
+    slope = w * (-1 / 12 + w * (1 / 120 + w * (-1 / 252 + w * (1 / 240 + w * (-1 / 132)))))
+    return value, slope
+
+
+@numba.njit(cache=True, error_model="numpy")
+@no_type_check
+def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
+    """Return the log of Gamma(theta + x) / Gamma(theta), and its slope in theta: see `distributions.py`."""
+    a, b = theta, theta + x
+    factors, slope = 1.0, 0.0
+    for _ in range(6):
+        factors *= a / b
+        slope += x / (a * b)
+        a += 1.0
+        b += 1.0
+    log_growth = math.log1p(x / a)
+    value_a, slope_a = _stirling(a)
+    value_b, slope_b = _stirling(b)
+    value = math.log(factors) + (b - 0.5) * log_growth + x * (math.log(a) - 1.0) + value_b - value_a
+    return value, slope + log_growth + x / (2 * a * b) + slope_b - slope_a
+
+
+@_inlined
+@no_type_check
+def _rising_and_factorial(theta: float, x: float) -> tuple[float, float, float]:
+    """Return Gamma(theta + x) / Gamma(theta) or 1, its log's slope, and the rest of the log, less log x!."""
+    if x <= _EXACT and x == math.floor(x) and x > 0:
+        product, slope = 1.0, 0.0
+        for i in range(int(x)):
+            factor = theta + i
+            slope = slope * factor + product
+            product *= factor
+        return product, slope / product, -_LOG_FACTORIAL[int(x)]
+    log_rising, slope = _log_rising_factorial(theta, x)
+    return 1.0, slope, log_rising - math.lgamma(x + 1.0)
+
+
+@_compiled
+@no_type_check
+def _log_density(  # noqa: PLR0913
+    first: int, last: int, x: Any, mean: Any, theta: Any, gate: Any, log_p: Any, d_mean: Any, d_theta: Any, d_gate: Any
+) -> None:
+    """Fill rows `first` to `last` of log p(x), summed over genes, and of its partial derivatives.
+
+    Of arguments that are None numba compiles nothing: `theta` of a Poisson, `gate` without zero inflation,
+    slopes that nobody wants.
+    """
+    n_genes = x.shape[1]
+    place = np.empty(n_genes, np.int32)
+    for row in range(first, last):
+        x_row, mean_row = x[row % x.shape[0]], mean[row % mean.shape[0]]
+        if theta is not None:
+            theta_row = theta[row % theta.shape[0]]
+        if gate is not None:
+            gate_row = gate[row % gate.shape[0]]
+        total = 0.0
+        # What a zero says, everywhere.
+        for start in range(0, n_genes, _WIDE):
+            stop = min(n_genes, start + _WIDE)
+            if gate is not None:
+                part64 = 0.0
+                for j in range(start, stop):
+                    mu = np.float64(mean_row[j])
+                    if theta is not None:
+                        y, y_mean, y_theta = _nb_at_zero(mu, np.float64(theta_row[j]))
+                    else:
+                        y, y_mean = -mu, -1.0
+                    log, by_y, by_gate = _zero_inflated_at_zero(y, np.float64(gate_row[j]))
+                    part64 += log if x_row[j] == 0 else 0.0
+                    if d_mean is not None:
+                        d_mean[row, j] = by_y * y_mean
+                    if theta is not None:
+                        if d_theta is not None:
+                            d_theta[row, j] = by_y * y_theta
+                    if d_gate is not None:
+                        d_gate[row, j] = by_gate
+                total += part64
+            else:
+                part = np.float32(0)
+                for j in range(start, stop):
+                    mu32 = mean_row[j]
+                    if theta is None:
+                        part -= mu32 if x_row[j] == 0 else np.float32(0)
+                        if d_mean is not None:
+                            d_mean[row, j] = -_ONE
+                    else:  # _nb_at_zero, in float32: twice as many to a vector
+                        r = mu32 / theta_row[j]
+                        u = _ONE + r
+                        bits = np.float32(u).view(np.int32)
+                        e = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
+                        f = r if e == 0 else np.int32(bits - (e << np.int32(23))).view(np.float32) - _ONE
+                        s = f / (_TWO + f)
+                        z = s * s
+                        q = z * (_F0 + z * (_F1 + z * (_F2 + z * (_F3 + z * _F4))))
+                        log = np.float32(e) * _LN2_32 + s * (_TWO + q)
+                        log = log if u < _LARGEST else u
+                        d = _ONE / u
+                        part -= theta_row[j] * log if x_row[j] == 0 else np.float32(0)
+                        if d_mean is not None:
+                            d_mean[row, j] = -d
+                        if d_theta is not None:
+                            d_theta[row, j] = -(s * (f * d + q)) if e == 0 else r * d - log
+                total += part
+        # The counts, in float64.
+        n_counts = 0
+        for j in range(n_genes):
+            place[n_counts] = j
+            n_counts += x_row[j] != 0
+        for i in range(n_counts):
+            j = place[i]
+            k, mu = np.float64(x_row[j]), np.float64(mean_row[j])
+            mu = _SMALLEST_MEAN if mu < _SMALLEST_MEAN else mu
+            if theta is not None:
+                t = np.float64(theta_row[j])
+                at_zero, _, zero_theta = _nb_at_zero(mu, t)
+                inverse = 1.0 / (mu + t)
+                product, slope, rest = _rising_and_factorial(t, k)
+                log = _log(product) + rest + k * _log(mu * inverse) + at_zero
+                by_mean = (k - mu) / mu * (t * inverse)
+                if d_theta is not None:
+                    d_theta[row, j] = slope - k * inverse + zero_theta
+            else:
+                log_factorial = _LOG_FACTORIAL[int(k)] if k < 1024 and k == math.floor(k) and k > 0 else math.lgamma(k + 1.0)
+                log = k * _log(mu) - mu - log_factorial
+                by_mean = (k - mu) / mu
+            if gate is not None:
+                g = np.float64(gate_row[j])
+                small = math.exp(-abs(g))
+                log -= math.log1p(small) + max(g, 0.0)
+                if d_gate is not None:
+                    d_gate[row, j] = -1.0 / (1.0 + small) if g > 0 else -small / (1.0 + small)
+            total += log
+            if d_mean is not None:
+                d_mean[row, j] = min(by_mean, _STEEPEST)
+        log_p[row] = total
+
+
+
+@_compiled
+@no_type_check
+def _gather(first: int, last: int, rows: Any, start: Any, stop: Any, gene: Any, count: Any, out: Any) -> None:
+    """Fill rows `first` to `last` of `out` with rows of a CSR matrix, made dense."""
+    for i in range(first, last):
+        out[i] = 0
+        for entry in range(start[rows[i]], stop[rows[i]]):
+            out[i, gene[entry]] = count[entry]
+
+
+# From torch, and back.
+
+_threads: ThreadPoolExecutor | None = None
+
+
+def _forget_threads() -> None:
+    global _threads  # noqa: PLW0603
+    _threads = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)  # a forked process has none of them
+
+
+def _shared(run: Callable[..., None], n_rows: int, n_entries: int, *arguments: Any) -> None:
+    """Call run(first, last, ...) on shares of the rows, one on each of torch's threads."""
+    global _threads  # noqa: PLW0603
+    n = 1 if n_entries < _ALONE else min(torch.get_num_threads(), n_rows)
+    if n > 1 and (_threads is None or _threads._max_workers < n - 1):
+        _threads = ThreadPoolExecutor(n - 1, thread_name_prefix="pyrosc")
+    edges = [n_rows * i // n for i in range(n + 1)]
+    waiting = [
+        _threads.submit(run, first, last, *arguments)  # type: ignore[union-attr]
+        for first, last in zip(edges[1:-1], edges[2:], strict=True)
+    ]
+    run(edges[0], edges[1], *arguments)
+    for share in waiting:
+        share.result()
+
+
+@torch.library.custom_op("pyrosc::log_density", mutates_args=())
+def log_density(
+    x: Tensor, mean: Tensor, theta: Tensor | None, gate: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log density of rows of counts, and its slopes.
+
+    Parameters
+    ----------
+    x, mean, theta, gate
+        Counts; mean; inverse dispersion, None for Poisson; logits of zero inflation, None without. All
+        float32 of shape (some rows, genes), contiguous: the one with the most rows is taken once, the others
+        over and over.
+    wanted
+        For mean, theta and gate: whether the slope is.
+
+    Returns
+    -------
+    tuple of Tensor
+        log p summed over genes, (rows,), and slopes in mean, theta and gate, (rows, genes) or empty.
+    """
+    inputs = [x, mean, theta, gate]
+    n_rows = max(len(t) for t in inputs if t is not None)
+    n_genes = x.shape[1]
+    log_p = x.new_empty(n_rows)
+    slopes = [x.new_empty((n_rows, n_genes) if want else (0, n_genes)) for want in wanted]
+    arrays = [None if t is None else t.numpy() for t in inputs]
+    filled = [slope.numpy() if want else None for slope, want in zip(slopes, wanted, strict=True)]
+    _shared(_log_density, n_rows, n_rows * n_genes, *arrays, log_p.numpy(), *filled)
+    return log_p, *slopes
+
+
+def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tensor, n_genes: int) -> Tensor:
+    """Rows of a CSR matrix, entries `start` to `stop` of each, as a dense matrix, (rows, genes)."""
+    out = count.new_empty(len(rows), n_genes)
+    arrays = (t.numpy() for t in (rows, start, stop, gene, count, out))
+    _shared(_gather, len(rows), out.numel(), *arrays)
+    return out
