@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from pyrosc.compiled import kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +56,12 @@ class Cells:
 class Resident:
     """Counts on a device, in CSR; minibatches are gathered and made dense there.
 
-    Made by :meth:`Counts.on`.
+    Made by :meth:`Counts.on`; on a CPU the arrays are those of the Counts, not copies. The entries of cell i
+    are ``start[i]`` to ``stop[i]`` of `gene` and `count`.
     """
 
-    start: Int[Tensor, "..."]
+    start: Int[Tensor, "n"]
+    stop: Int[Tensor, "n"]
     gene: Int[Tensor, "..."]
     count: Float[Tensor, "..."]
     n_genes: int
@@ -78,15 +83,8 @@ class Resident:
         n_total : int, optional
             Size of the data set that the minibatch stands for; all rows by default.
         """
-        start, stop = self.start[rows], self.start[rows + 1]
-        n = stop - start
-        place = torch.arange(len(rows), device=rows.device).repeat_interleave(n)
-        first = n.cumsum(0) - n
-        entry = torch.arange(len(place), device=rows.device) + (start - first)[place]
-        x = self.count.new_zeros(len(rows) * self.n_genes)
-        x[place * self.n_genes + self.gene[entry]] = self.count[entry]
         return Cells(
-            x=x.view(len(rows), self.n_genes),
+            x=self._dense(rows),
             index=rows,
             n_total=len(self) if n_total is None else n_total,
             batch=self.batch[rows],
@@ -94,6 +92,27 @@ class Resident:
             categorical=self.categorical[rows],
             continuous=self.continuous[rows],
         )
+
+    def take(self, rows: Int[Tensor, "m"]) -> "Resident":
+        """Return some of the cells; their entries are shared, not copied."""
+        per_cell = ("start", "stop", "batch", "labels", "categorical", "continuous")
+        return replace(self, **{name: getattr(self, name)[rows] for name in per_cell})
+
+    @cached_property
+    def _longest(self) -> int:
+        """Return the largest number of entries that a cell has."""
+        return int((self.stop - self.start).max()) if len(self) else 0
+
+    def _dense(self, rows: Int[Tensor, "cells"]) -> Float[Tensor, "cells genes"]:
+        if rows.device.type == "cpu" and (loops := kernels()):
+            return loops.gather(rows, self.start, self.stop, self.gene, self.count, self.n_genes)
+        # As many places for each cell as the longest needs: shapes that do not depend on the data, which a
+        # device can fill without being waited for.
+        entry = self.start[rows, None] + torch.arange(self._longest, device=rows.device)
+        own = entry < self.stop[rows, None]
+        entry = entry.where(own, 0)
+        x = self.count.new_zeros(len(rows), self.n_genes)
+        return x.scatter_add_(1, self.gene[entry].long(), self.count[entry] * own)
 
     def minibatches(self, size: int) -> Iterator[Cells]:
         """Yield all rows in their order, `size` at a time."""

@@ -116,11 +116,17 @@ class Counts:
         )
 
     def on(self, device: torch.device | str) -> Resident:
-        """Put the counts on a device, once; minibatches are made there."""
-        to = lambda array, dtype: torch.as_tensor(np.ascontiguousarray(array), dtype=dtype, device=device)
+        """Put the counts on a device, once; minibatches are made there. On a CPU they are shared, not copied."""
+
+        def to(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+            array = array if array.flags.c_contiguous and array.flags.writeable else array.copy()
+            return torch.as_tensor(array, dtype=dtype, device=device)
+
+        start = to(self.x.indptr, torch.int64)
         return Resident(
-            start=to(self.x.indptr, torch.int64),
-            gene=to(self.x.indices, torch.int64),
+            start=start[:-1],
+            stop=start[1:],
+            gene=to(self.x.indices, torch.int32),
             count=to(self.x.data, torch.float32),
             n_genes=self.n_genes,
             batch=to(self.batch, torch.int64),

@@ -8,9 +8,7 @@ What programs ask for is the density of whole cells, ``NegativeBinomial(...).to_
 compiled loop (`kernels.py`); elsewhere, and entry by entry, the torch operations written here.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, final
 
 import torch
@@ -23,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import softplus
 
-_log = logging.getLogger(__name__)
+from pyrosc.compiled import kernels
+
 _SMALLEST_MEAN = torch.finfo(torch.float32).tiny  # at a positive count, where a mean of 0 gives -inf
 _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a library size it is finite in float32
 _LARGEST_RATE = 4e9  # CUDA's Poisson sampler counts in 32 bits
@@ -288,7 +287,7 @@ class _Cell(Independent):
             base._validate_sample(value)
         parameters = _parameters(base)
         tensors = [value, *(p for p in parameters or () if p is not None)]
-        if parameters is None or not _kernels() or not _suits_kernels(tensors):
+        if parameters is None or not kernels() or not _suits_kernels(tensors):
             return super().log_prob(value)
         if not torch.is_grad_enabled():
             parameters = [p if p is None else p.detach() for p in parameters]
@@ -318,17 +317,6 @@ def _suits_kernels(tensors: Sequence[Tensor]) -> bool:
     return all(t.device.type == "cpu" for t in tensors) and all(p.dtype == torch.float32 for p in parameters)
 
 
-@cache
-def _kernels() -> Any:
-    """Return the compiled loops; None, and a word about it, where numba does not import."""
-    try:
-        from pyrosc import kernels  # numba takes a while to import: not before there is a density to evaluate
-    except ImportError as error:
-        _log.warning("numba does not import (%s): densities take the slower path of torch operations", error)
-        return None
-    return kernels
-
-
 class _Rows(torch.autograd.Function):
     """The log density of rows of counts by `kernels.py`, and its gradients."""
 
@@ -336,7 +324,10 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, *parameters: Tensor | None) -> Any:
         tensors = [value.to(torch.float32), *parameters]
         ctx.shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
-        ctx.wanted, ctx.shapes = ctx.needs_input_grad[1:], [None if p is None else p.shape for p in parameters]
+        ctx.wanted, ctx.shapes = (
+            ctx.needs_input_grad[1:],
+            [None if p is None else p.shape for p in parameters],
+        )
         rows = [None if t is None else _rows_of(t, ctx.shape) for t in tensors]
         log_prob, *slopes = torch.ops.pyrosc.log_density(*rows, list(ctx.wanted))
         ctx.save_for_backward(*(slope for slope, want in zip(slopes, ctx.wanted, strict=True) if want))

@@ -173,8 +173,17 @@ def _rising_and_factorial(theta: float, x: float) -> tuple[float, float, float]:
 
 @_compiled
 @no_type_check
-def _log_density(  # noqa: PLR0913
-    first: int, last: int, x: Any, mean: Any, theta: Any, gate: Any, log_p: Any, d_mean: Any, d_theta: Any, d_gate: Any
+def _log_density(
+    first: int,
+    last: int,
+    x: Any,
+    mean: Any,
+    theta: Any,
+    gate: Any,
+    log_p: Any,
+    d_mean: Any,
+    d_theta: Any,
+    d_gate: Any,
 ) -> None:
     """Fill rows `first` to `last` of log p(x), summed over genes, and of its partial derivatives.
 
@@ -256,7 +265,11 @@ def _log_density(  # noqa: PLR0913
                 if d_theta is not None:
                     d_theta[row, j] = slope - k * inverse + zero_theta
             else:
-                log_factorial = _LOG_FACTORIAL[int(k)] if k < 1024 and k == math.floor(k) and k > 0 else math.lgamma(k + 1.0)
+                log_factorial = (
+                    _LOG_FACTORIAL[int(k)]
+                    if k < 1024 and k == math.floor(k) and k > 0
+                    else math.lgamma(k + 1.0)
+                )
                 log = k * _log(mu) - mu - log_factorial
                 by_mean = (k - mu) / mu
             if gate is not None:
@@ -269,7 +282,6 @@ def _log_density(  # noqa: PLR0913
             if d_mean is not None:
                 d_mean[row, j] = min(by_mean, _STEEPEST)
         log_p[row] = total
-
 
 
 @_compiled
@@ -288,7 +300,7 @@ _threads: ThreadPoolExecutor | None = None
 
 
 def _forget_threads() -> None:
-    global _threads  # noqa: PLW0603
+    global _threads
     _threads = None
 
 
@@ -298,7 +310,7 @@ if hasattr(os, "register_at_fork"):
 
 def _shared(run: Callable[..., None], n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(first, last, ...) on shares of the rows, one on each of torch's threads."""
-    global _threads  # noqa: PLW0603
+    global _threads
     n = 1 if n_entries < _ALONE else min(torch.get_num_threads(), n_rows)
     if n > 1 and (_threads is None or _threads._max_workers < n - 1):
         _threads = ThreadPoolExecutor(n - 1, thread_name_prefix="pyrosc")

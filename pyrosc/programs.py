@@ -1,4 +1,4 @@
-"""Running model and guide programs from outside: pairing, seeds, param stores, the KL weight, checks.
+"""Running model and guide programs from outside: pairing, seeds, param stores, checks.
 
 What a program must not know of is handled here, by handlers around it.
 """
@@ -11,16 +11,12 @@ from typing import Any
 
 import pyro
 import torch
-from jaxtyping import Float
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
 from pyrosc.cells import Cells
 from pyrosc.random import seeded
@@ -90,7 +86,7 @@ def is_of_each_cell(model: Program, guide: Program, cells: Cells, tensors: list[
         not torch.equal(site["value"], there.nodes[name]["value"])
         for here, there in zip(*runs, strict=True)
         for name, site in here.nodes.items()
-        if site["type"] == "sample" and not _is_plate(site)
+        if site["type"] == "sample" and not is_plate(site)
     )
 
 
@@ -196,66 +192,10 @@ def validating(*, on: bool) -> Iterator[None]:
         Distribution.set_default_validate_args(torch_flag)
 
 
-class ScaleKL(Messenger):
-    """Scales the log density of every unobserved site, in the model and in the guide: a weight on the KL.
-
-    Parameters
-    ----------
-    weight : float or scalar Tensor
-        More than zero.
-    """
-
-    def __init__(self, weight: float | Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight
-
-
 def traces(model: Program, guide: Program, cells: Cells) -> tuple[poutine.Trace, poutine.Trace]:
     """Run the guide, and the model on what it drew; return what both did."""
     guided = poutine.trace(guide).get_trace(cells)
     return guided, poutine.trace(poutine.replay(model, guided)).get_trace(cells)
-
-
-def weighted_loss(
-    elbo: ELBO, model: Program, guide: Program, cells: Cells, weight: float | Tensor = 1.0
-) -> Float[Tensor, ""]:
-    """Return the negative ELBO with a weight on its KL, in nats per cell."""
-    scaled = ScaleKL(weight)
-    if not torch.is_grad_enabled():  # TraceEnum_ELBO refuses a loss without a gradient
-        return torch.tensor(elbo.loss(scaled(model), scaled(guide), cells) / cells.n_total)
-    return elbo.differentiable_loss(scaled(model), scaled(guide), cells) / cells.n_total
-
-
-def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]:
-    """Return the KL of each site that both programs sample, in nats per cell.
-
-    Analytic where torch knows it, else from one draw.
-    """
-    guided, modelled = traces(model, guide, cells)
-    joint = any(name.startswith("_Auto") and name.endswith("_latent") for name in guided.nodes)
-    kl = {}
-    for name, q in guided.nodes.items():
-        if q["type"] != "sample" or q["is_observed"] or _is_plate(q) or name not in modelled.nodes:
-            continue
-        if joint and isinstance(q["fn"], Delta):  # a part of a joint distribution has no KL of its own
-            continue
-        p = modelled.nodes[name]
-        try:
-            if isinstance(q["fn"], Delta):  # Pyro's KL of a Delta leaves out its density
-                raise NotImplementedError
-            site = kl_divergence(q["fn"], p["fn"])
-        except NotImplementedError:
-            site = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
-        kl[name] = float(scale_and_mask(site, q["scale"], q["mask"]).sum()) / cells.n_total
-        # An autoguide's site is a Delta at what an auxiliary site drew; the density is that one's.
-        if (u := guided.nodes.get(f"{name}_unconstrained")) is not None:
-            log_q = scale_and_mask(u["fn"].log_prob(u["value"]), u["scale"], u["mask"])
-            kl[name] += float(log_q.sum()) / cells.n_total
-    return kl
 
 
 def check_programs(model: Program, guide: Program, cells: Cells) -> None:
@@ -272,12 +212,12 @@ def check_programs(model: Program, guide: Program, cells: Cells) -> None:
     with validating(on=True):
         guided, modelled = traces(model, guide, cells)
         modelled.compute_log_prob()
-    latent = {name for name in modelled.stochastic_nodes if not _is_plate(modelled.nodes[name])}
+    latent = {name for name in modelled.stochastic_nodes if not is_plate(modelled.nodes[name])}
     summed_out = {name for name in latent if modelled.nodes[name]["infer"].get("enumerate")}
     guessed = {
         name
         for name in guided.stochastic_nodes
-        if not _is_plate(guided.nodes[name]) and not guided.nodes[name]["infer"].get("is_auxiliary")
+        if not is_plate(guided.nodes[name]) and not guided.nodes[name]["infer"].get("is_auxiliary")
     }
     if needed := sorted(latent - guessed - summed_out):
         msg = f"the guide samples no {needed}: each latent site of the model needs one there"
@@ -301,5 +241,6 @@ def check_programs(model: Program, guide: Program, cells: Cells) -> None:
         raise ValueError(msg)
 
 
-def _is_plate(site: Any) -> bool:
+def is_plate(site: Any) -> bool:
+    """Say whether a trace's site is the subsample of a plate."""
     return isinstance(site["fn"], _Subsample)

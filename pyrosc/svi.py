@@ -1,42 +1,23 @@
 """fit_svi and Fit: stochastic variational inference of any model and guide. It knows no model and no site."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from pyro.infer import ELBO
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from pyrosc.cells import Cells, Resident
 from pyrosc.counts import Counts, Schema
-from pyrosc.programs import (
-    Program,
-    check_all_found,
-    check_programs,
-    copied,
-    device_of,
-    elbo_of,
-    is_of_each_cell,
-    isolated,
-    kl_by_site,
-    modules_of,
-    own_parameters,
-    pair,
-    traces,
-    weighted_loss,
-)
-from pyrosc.random import seeded
+from pyrosc.programs import Program, copied, device_of, elbo_of, isolated, modules_of, pair
 from pyrosc.reading import as_counts
+from pyrosc.training import Problem, train
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,15 +225,16 @@ def fit_svi(
         "n_train": len(train_rows),
     }
     params: dict[str, Any] = {"params": {}, "constraints": {}}
+    counts = data.on(on)
     with isolated(on, seed, params):
-        problem = _Problem(
+        problem = Problem(
             *pair(program, separate_guide),
             elbo=elbo_of(program, elbo),
             modules=modules_of(program, separate_guide),
-            train=data[train_rows].on(on),
-            validation=data[validation_rows].on(on),
+            train=counts.take(torch.as_tensor(train_rows, device=on)),
+            validation=counts.take(torch.as_tensor(validation_rows, device=on)),
         )
-        history, settings["best_epoch"] = _train(problem, settings, progress)
+        history, settings["best_epoch"] = train(problem, settings, progress)
     return Fit(program, separate_guide, params, data.schema, history, settings, on)
 
 
@@ -301,189 +283,3 @@ def _check_settings(**settings: Any) -> None:
     if not 0 <= settings["validation"] < 1:
         msg = f"validation is a share of the cells, at least 0 and below 1, not {settings['validation']!r}"
         raise ValueError(msg)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What is trained, on what."""
-
-    model: Program
-    guide: Program
-    elbo: ELBO
-    modules: list[nn.Module]
-    train: Resident
-    validation: Resident | None
-
-
-def _train(problem: _Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
-    """Train in place; return the history and the epoch whose parameters were kept."""
-    start = time.perf_counter()
-    first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
-    for module in problem.modules:
-        module.eval()  # so that a run of the programs leaves their running moments alone
-    with seeded(first.device, settings["seed"]):
-        check_programs(problem.model, problem.guide, problem.train.cells(first))
-    own_parameters(problem.modules)
-    # From here on the store's tensors are the ones to train, save and restore.
-    state = _state(problem.modules)
-    with seeded(first.device, settings["seed"]):
-        cells = problem.train.cells(first)
-        check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
-    each = is_of_each_cell(problem.model, problem.guide, problem.train.cells(first), state)
-    settings["parameters_of_each_cell"] = each
-    if each and settings["n_train"] < settings["n_cells"]:
-        msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
-        raise ValueError(msg)
-    step = _Stepper(problem, [tensor for tensor in state if tensor.requires_grad], settings)
-    rows: list[dict[str, float]] = []
-    best, best_loss, kept = 0, math.inf, state
-    with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
-        for epoch in range(settings["epochs"]):
-            losses, interrupted = _epoch(problem, step)
-            if interrupted and not (losses or rows):
-                raise KeyboardInterrupt
-            try:
-                row = _row(losses, step, problem, settings)
-            except KeyboardInterrupt:  # while the validation loss was measured
-                if rows:
-                    break
-                row, interrupted = _row(losses, step, replace(problem, validation=None), settings), True
-            rows.append(row | {"seconds": time.perf_counter() - start})
-            bar.update()
-            shown = {name: rows[-1][name] for name in ("train", "validation")}
-            bar.set_postfix({name: f"{loss:.1f}" for name, loss in shown.items() if math.isfinite(loss)})
-            warm = step.taken >= settings["kl_warmup"]
-            # Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen
-            # to its end no epoch is final.
-            if not (warm and rows[-1]["validation"] >= best_loss):
-                best, best_loss = epoch, rows[-1]["validation"] if warm else math.inf
-                kept = [tensor.detach().clone() for tensor in state]
-            if interrupted or (warm and epoch - best >= settings["patience"]):
-                break
-    with torch.no_grad():
-        if not all(torch.isfinite(v).all() for v, t in zip(kept, state, strict=True) if t.requires_grad):
-            msg = "the parameters are no longer finite: try a lower learning_rate or clip_norm=1.0"
-            raise FloatingPointError(msg)
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
-    return pd.DataFrame(rows).rename_axis("epoch"), best
-
-
-class _Stepper:
-    """One step of Adam: the rate and the KL weight follow their schedules over the planned steps."""
-
-    def __init__(self, problem: _Problem, parameters: list[Tensor], settings: dict[str, Any]) -> None:
-        if not parameters:
-            msg = "nothing to train: the model and the guide have no parameters that require a gradient"
-            raise ValueError(msg)
-        self.problem, self.parameters, self.settings = problem, parameters, settings
-        self.planned = settings["epochs"] * settings["steps_per_epoch"]
-        self.taken = 0
-        self.rate = self.weight = 0.0
-        decay = settings["weight_decay"] / settings["n_train"]
-        self.optimiser = torch.optim.Adam(
-            parameters, lr=settings["learning_rate"], weight_decay=decay, fused=True
-        )
-
-    def __call__(self, cells: Cells) -> Tensor:
-        """Take the step; return the loss before it, in nats per cell, on the device."""
-        settings, problem = self.settings, self.problem
-        self.rate = settings["learning_rate"] * one_cycle(self.taken / self.planned)
-        self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate
-        self.optimiser.zero_grad()
-        loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, self.weight)
-        loss.backward()
-        if settings["clip_norm"] is not None:
-            nn.utils.clip_grad_norm_(self.parameters, settings["clip_norm"])
-        # A step with a loss that is not finite is not taken, so that the parameters can still be looked at.
-        self.optimiser.found_inf = (~torch.isfinite(loss.detach())).float()  # type: ignore[attr-defined]
-        self.optimiser.step()
-        self.taken += 1
-        return loss.detach()
-
-
-def one_cycle(done: float) -> float:
-    """Return the learning rate as a share of its peak: up in a tenth of the run, then down along a cosine."""
-    return 0.04 + 0.96 * done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
-
-
-def _epoch(problem: _Problem, step: _Stepper) -> tuple[list[float], bool]:
-    """Take the steps of an epoch; return their losses, and whether ctrl-C ended it."""
-    for module in problem.modules:
-        module.train()
-    losses: list[Tensor] = []
-    interrupted = False
-    try:
-        for rows in _permuted(len(problem.train), step.settings, problem.train.start.device):
-            losses.append(step(problem.train.cells(rows)))  # noqa: PERF401 (ctrl-C keeps what is done)
-    except KeyboardInterrupt:
-        interrupted = True
-    return torch.stack(losses).tolist() if losses else [], interrupted
-
-
-def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
-    """Yield a random order of all rows as minibatches of one size: the last is filled up from the first."""
-    order = torch.randperm(n, device=device)
-    size, steps = settings["minibatch_size"], settings["steps_per_epoch"]
-    yield from torch.cat([order, order[: steps * size - n]]).split(size)
-
-
-def _row(
-    losses: list[float], step: _Stepper, problem: _Problem, settings: dict[str, Any]
-) -> dict[str, float]:
-    """Return an epoch's row of the history; raise if a loss is not finite."""
-    for module in problem.modules:
-        module.eval()
-    with torch.no_grad(), seeded(problem.train.start.device, settings["seed"]):
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad:
-            rows = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
-            raise FloatingPointError(
-                _blame(problem, step, step.taken - len(losses) + bad[0], problem.train.cells(rows))
-            )
-        blocks = problem.validation.minibatches(512) if problem.validation is not None else ()
-        measured = []
-        for cells in blocks:
-            measured.append(_measured(problem, cells, settings))
-            if not math.isfinite(measured[-1]["validation"]):
-                raise FloatingPointError(_blame(problem, step, step.taken, cells))
-    row = {"train": float(np.mean(losses)) if losses else math.nan, "validation": math.nan}
-    for name in measured[0] if measured else ():
-        row[name] = sum(m[name] * m["n"] for m in measured) / sum(m["n"] for m in measured)
-    row.pop("n", None)
-    return row | {"kl_weight": step.weight, "learning_rate": step.rate}
-
-
-def _measured(problem: _Problem, cells: Cells, settings: dict[str, Any]) -> dict[str, float]:
-    """Return the validation loss of cells and the KL of each site, in nats per cell, and their number."""
-    cells = replace(cells, n_total=settings["n_train"])
-    loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
-    kl = kl_by_site(problem.model, problem.guide, cells)
-    return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
-
-
-def _blame(problem: _Problem, step: _Stepper, which: int, cells: Cells) -> str:
-    """Say where a loss stopped being finite."""
-    guided, modelled = traces(problem.model, problem.guide, cells)
-    sites: dict[str, Tensor] = {}
-    for trace in (modelled, guided):
-        trace.compute_log_prob()
-        sites |= {
-            name: site["log_prob"]
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all()
-        }
-    return (
-        f"the loss is not finite from step {which} on "
-        f"(learning rate {step.rate:.2g}); sites without a finite density now: {', '.join(sites) or 'none'}. "
-        "Try a lower learning_rate or clip_norm=1.0; if it is the first step, look at that site's parameters"
-    )
-
-
-def _state(modules: list[nn.Module]) -> list[Tensor]:
-    """Return all tensors that training changes, each once: parameters, buffers and the param store's."""
-    store = pyro.get_param_store().get_state()["params"].values()
-    inside = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return list({id(tensor): tensor for tensor in (*inside, *store)}.values())

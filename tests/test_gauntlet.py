@@ -12,7 +12,8 @@ from pyro.infer.autoguide import AutoNormal
 
 import pyrosc
 from pyrosc import VAE, fit_svi, from_anndata
-from pyrosc.programs import check_programs, elbo_of, isolated, modules_of, pair, weighted_loss
+from pyrosc.objective import weighted_loss
+from pyrosc.programs import check_programs, elbo_of, isolated, modules_of, pair
 
 SETTINGS = {"epochs": 6, "minibatch_size": 64, "learning_rate": 1e-2, "progress": False}
 

@@ -10,7 +10,8 @@ from scipy import stats
 from scipy.special import expit, log_softmax, softmax
 
 from pyrosc import VAE
-from pyrosc.programs import isolated, weighted_loss
+from pyrosc.objective import weighted_loss
+from pyrosc.programs import isolated
 
 CPU = torch.device("cpu")
 

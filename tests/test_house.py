@@ -20,6 +20,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A file imports from layers below its own only; those of a layer do not know each other.
 LAYERS = [
+    {"kernels"},
+    {"compiled"},
     {"random", "cells", "datasets", "distributions"},
     {"counts"},
     {"reading"},
@@ -28,6 +30,8 @@ LAYERS = [
     {"models.*"},
     {"models"},
     {"programs"},
+    {"objective", "recording"},
+    {"training"},
     {"svi"},
     {"persist"},
     {"posterior"},

@@ -13,16 +13,8 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyrosc.programs import (
-    ScaleKL,
-    check_programs,
-    elbo_of,
-    isolated,
-    kl_by_site,
-    modules_of,
-    pair,
-    weighted_loss,
-)
+from pyrosc.objective import ScaleKL, kl_by_site, weighted_loss
+from pyrosc.programs import check_programs, elbo_of, isolated, modules_of, pair
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,9 @@ from pyro.optim import Adam, PyroOptim
 from torch import nn
 
 import pyrosc
-from pyrosc import VAE, fit_svi, svi
-from pyrosc.programs import isolated, weighted_loss
+from pyrosc import VAE, fit_svi, svi, training
+from pyrosc.objective import weighted_loss
+from pyrosc.programs import isolated
 
 CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "minibatch_size": 64, "learning_rate": 1e-2, "progress": False}
@@ -143,24 +144,24 @@ def test_the_warm_up_rises_by_steps(data):
     class Watching(Trace_ELBO):
         pass
 
-    original = svi.weighted_loss
+    original = training.weighted_loss
 
     def record(elbo, model, guide, cells, weight=1.0):
         if torch.is_grad_enabled():
             seen.append(float(weight))
         return original(elbo, model, guide, cells, weight)
 
-    svi.weighted_loss = record
+    training.weighted_loss = record
     try:
         settings = {"epochs": 4, "minibatch_size": 60, "kl_warmup": 5, "progress": False}
         fit_svi(pairs.Conjugate(data.share), data, elbo=Watching, **settings)
     finally:
-        svi.weighted_loss = original
+        training.weighted_loss = original
     np.testing.assert_allclose(seen, [0.2, 0.4, 0.6, 0.8, *[1] * 8])
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
-    rates = [svi.one_cycle(t) for t in np.linspace(0, 1, 101)]
+    rates = [training.one_cycle(t) for t in np.linspace(0, 1, 101)]
     assert max(rates) == pytest.approx(1, abs=1e-3)
     assert 0 < rates[0] < 0.2
     assert rates[-1] == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,19 @@
+"""Whether the compiled loops can be had: where numba does not import, torch operations do the same, slower."""
+
+import logging
+from functools import cache
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def kernels() -> Any:
+    """Return the module `kernels`; None, and a word in the log, where numba does not import."""
+    try:
+        # numba takes a while to import: not before there are counts to work on.
+        from pyrosc import kernels
+    except ImportError as error:
+        _log.warning("numba does not import (%s): slower torch operations take the place of its loops", error)
+        return None
+    return kernels

@@ -1,0 +1,138 @@
+"""The negative ELBO of a minibatch as a tensor: the weight on its KL, Pyro's estimators, the KL of each site.
+
+Pyro's estimators read their value off the device in every step. Here the same sums stay there, so that a step
+never waits, and can be recorded.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.trace_elbo import _compute_log_r
+from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyrosc.cells import Cells
+from pyrosc.programs import Program, is_plate, traces
+
+
+class ScaleKL(Messenger):
+    """Scales the log density of every unobserved site, in the model and in the guide: a weight on the KL.
+
+    Parameters
+    ----------
+    weight : float or scalar Tensor
+        More than zero.
+    """
+
+    def __init__(self, weight: float | Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+def weighted_loss(
+    elbo: ELBO, model: Program, guide: Program, cells: Cells, weight: float | Tensor = 1.0
+) -> Float[Tensor, ""]:
+    """Return the negative ELBO with a weight on its KL, in nats per cell.
+
+    Value and gradients are those of ``elbo.differentiable_loss``. An estimator that is none of Pyro's Trace_ELBO,
+    TraceMeanField_ELBO and TraceEnum_ELBO is asked itself.
+    """
+    scaled = ScaleKL(weight)
+    estimate = _ESTIMATES.get(type(elbo))
+    if estimate is None:
+        ask = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss
+        return torch.as_tensor(ask(scaled(model), scaled(guide), cells)) / cells.n_total
+    particles = [
+        estimate(modelled, guided)
+        for modelled, guided in elbo._get_traces(scaled(model), scaled(guide), (cells,), {})
+    ]
+    return -torch.as_tensor(sum(particles)) / (elbo.num_particles * cells.n_total)
+
+
+def _trace(modelled: poutine.Trace, guided: poutine.Trace) -> Any:
+    """Return the ELBO as log p less log q; draws without a gradient of their own have the score function's."""
+    value: Any = 0.0
+    surrogate: Any = 0.0
+    for site in _sampled(modelled):
+        value = value + site["log_prob_sum"]
+    for site in _sampled(guided):
+        _, score_function, entropy = site["score_parts"]
+        value = value - site["log_prob_sum"]
+        if not is_identically_zero(
+            score_function
+        ):  # value's gradient has the density's, which is no part of it
+            log_r = _compute_log_r(modelled, guided).sum_to(site["cond_indep_stack"])
+            surrogate = surrogate + (log_r * score_function).sum() + site["log_prob_sum"]
+            surrogate = surrogate - (0.0 if is_identically_zero(entropy) else entropy.sum())
+    return value + surrogate - surrogate.detach() if isinstance(surrogate, Tensor) else value
+
+
+def _trace_mean_field(modelled: poutine.Trace, guided: poutine.Trace) -> Any:
+    """Return the ELBO with the KL of each site in closed form, where torch knows it."""
+    value: Any = 0.0
+    for name, p in modelled.nodes.items():
+        if p["type"] != "sample":
+            continue
+        if p["is_observed"]:
+            value = value + p["log_prob_sum"]
+            continue
+        q = guided.nodes[name]
+        try:
+            kl = scale_and_mask(kl_divergence(q["fn"], p["fn"]), q["scale"], q["mask"])
+            value = value - (kl.sum() if isinstance(kl, Tensor) else kl * q["fn"].batch_shape.numel())
+        except NotImplementedError:
+            value = value + p["log_prob_sum"] - q["score_parts"].entropy_term.sum()
+    for name, q in guided.nodes.items():
+        if q["type"] == "sample" and name not in modelled.nodes:
+            value = value - q["score_parts"].entropy_term.sum()
+    return value
+
+
+_ESTIMATES = {
+    Trace_ELBO: _trace,
+    TraceMeanField_ELBO: _trace_mean_field,
+    TraceEnum_ELBO: _compute_dice_elbo,
+}
+
+
+def _sampled(trace: poutine.Trace) -> list[Any]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]:
+    """Return the KL of each site that both programs sample, in nats per cell.
+
+    Analytic where torch knows it, else from one draw.
+    """
+    guided, modelled = traces(model, guide, cells)
+    joint = any(name.startswith("_Auto") and name.endswith("_latent") for name in guided.nodes)
+    kl = {}
+    for name, q in guided.nodes.items():
+        if q["type"] != "sample" or q["is_observed"] or is_plate(q) or name not in modelled.nodes:
+            continue
+        if joint and isinstance(q["fn"], Delta):  # a part of a joint distribution has no KL of its own
+            continue
+        p = modelled.nodes[name]
+        try:
+            if isinstance(q["fn"], Delta):  # Pyro's KL of a Delta leaves out its density
+                raise NotImplementedError
+            site = kl_divergence(q["fn"], p["fn"])
+        except NotImplementedError:
+            site = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
+        kl[name] = float(scale_and_mask(site, q["scale"], q["mask"]).sum()) / cells.n_total
+        # An autoguide's site is a Delta at what an auxiliary site drew; the density is that one's.
+        if (u := guided.nodes.get(f"{name}_unconstrained")) is not None:
+            log_q = scale_and_mask(u["fn"].log_prob(u["value"]), u["scale"], u["mask"])
+            kl[name] += float(log_q.sum()) / cells.n_total
+    return kl

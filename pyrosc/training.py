@@ -1,0 +1,256 @@
+"""The training loop: epochs, minibatches, schedules, validation; what fit_svi runs. It knows no site."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyrosc.cells import Cells, Resident
+from pyrosc.objective import kl_by_site, weighted_loss
+from pyrosc.programs import (
+    Program,
+    check_all_found,
+    check_programs,
+    is_of_each_cell,
+    own_parameters,
+    traces,
+)
+from pyrosc.random import seeded
+from pyrosc.recording import CudaGraph, gradients_of, recorded
+
+RECORD_AFTER = 100
+"""Steps that are run before one is recorded: a recording takes as long as it saves in two hundred steps."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained, on what."""
+
+    model: Program
+    guide: Program
+    elbo: ELBO
+    modules: list[nn.Module]
+    train: Resident
+    validation: Resident | None
+
+
+def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
+    """Train in place; return the history and the epoch whose parameters were kept."""
+    start = time.perf_counter()
+    first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+    for module in problem.modules:
+        module.eval()  # so that a run of the programs leaves their running moments alone
+    with seeded(first.device, settings["seed"]):
+        check_programs(problem.model, problem.guide, problem.train.cells(first))
+    own_parameters(problem.modules)
+    # From here on the store's tensors are the ones to train, save and restore.
+    state = _state(problem.modules)
+    with seeded(first.device, settings["seed"]):
+        cells = problem.train.cells(first)
+        check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
+    each = is_of_each_cell(problem.model, problem.guide, problem.train.cells(first), state)
+    settings["parameters_of_each_cell"] = each
+    if each and settings["n_train"] < settings["n_cells"]:
+        msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
+        raise ValueError(msg)
+    step = _Stepper(problem, state, settings)
+    rows: list[dict[str, float]] = []
+    best, best_loss, kept = 0, math.inf, state
+    with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
+        for epoch in range(settings["epochs"]):
+            losses, interrupted = _epoch(problem, step)
+            if interrupted and not (losses or rows):
+                raise KeyboardInterrupt
+            try:
+                row = _row(losses, step, problem, settings)
+            except KeyboardInterrupt:  # while the validation loss was measured
+                if rows:
+                    break
+                row, interrupted = _row(losses, step, replace(problem, validation=None), settings), True
+            rows.append(row | {"seconds": time.perf_counter() - start})
+            bar.update()
+            shown = {name: rows[-1][name] for name in ("train", "validation")}
+            bar.set_postfix({name: f"{loss:.1f}" for name, loss in shown.items() if math.isfinite(loss)})
+            warm = step.taken >= settings["kl_warmup"]
+            # Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen
+            # to its end no epoch is final.
+            if not (warm and rows[-1]["validation"] >= best_loss):
+                best, best_loss = epoch, rows[-1]["validation"] if warm else math.inf
+                kept = [tensor.detach().clone() for tensor in state]
+            if interrupted or (warm and epoch - best >= settings["patience"]):
+                break
+    with torch.no_grad():
+        if not all(torch.isfinite(v).all() for v, t in zip(kept, state, strict=True) if t.requires_grad):
+            msg = "the parameters are no longer finite: try a lower learning_rate or clip_norm=1.0"
+            raise FloatingPointError(msg)
+        for tensor, value in zip(state, kept, strict=True):
+            tensor.copy_(value)
+    return pd.DataFrame(rows).rename_axis("epoch"), best
+
+
+class _Stepper:
+    """One step of Adam: the rate and the KL weight follow their schedules over the planned steps."""
+
+    def __init__(self, problem: Problem, state: list[Tensor], settings: dict[str, Any]) -> None:
+        self.parameters = [tensor for tensor in state if tensor.requires_grad]
+        if not self.parameters:
+            msg = "nothing to train: the model and the guide have no parameters that require a gradient"
+            raise ValueError(msg)
+        self.problem, self.state, self.settings = problem, state, settings
+        self.planned = settings["epochs"] * settings["steps_per_epoch"]
+        self.taken = 0
+        self.rate = self.weight = 0.0
+        device = problem.train.start.device
+        self.on_cuda = device.type == "cuda"
+        # On the device, so that a recorded step reads what they are then.
+        self.weight_there = torch.zeros((), device=device)
+        self.rate_there: Any = torch.zeros((), device=device) if self.on_cuda else 0.0
+        self.gradients = gradients_of(self._loss, self.parameters)
+        self.graph: CudaGraph | None = None
+        self.optimiser = torch.optim.Adam(
+            self.parameters,
+            lr=self.rate_there,
+            weight_decay=settings["weight_decay"] / settings["n_train"],
+            fused=True,
+            capturable=self.on_cuda,
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Take the step; return the loss before it, in nats per cell, on the device."""
+        settings = self.settings
+        self.rate = settings["learning_rate"] * one_cycle(self.taken / self.planned)
+        self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
+        self.weight_there.fill_(self.weight)
+        if self.on_cuda:
+            self.rate_there.fill_(self.rate)
+        else:
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate
+        if self.taken == RECORD_AFTER and self.planned > 3 * RECORD_AFTER:
+            self._record(rows)
+        loss = self._step(rows) if self.graph is None else self.graph(rows)
+        self.taken += 1
+        return loss
+
+    def _loss(self, cells: Cells, weight: Tensor) -> Tensor:
+        return weighted_loss(self.problem.elbo, self.problem.model, self.problem.guide, cells, weight)
+
+    def _step(self, rows: Tensor) -> Tensor:
+        loss, *gradients = self.gradients(self.problem.train.cells(rows), self.weight_there)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if self.settings["clip_norm"] is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.settings["clip_norm"])
+        # A step with a loss that is not finite is not taken, so that the parameters can still be looked at.
+        self.optimiser.found_inf = (~torch.isfinite(loss)).float()  # type: ignore[attr-defined]
+        self.optimiser.step()
+        return loss
+
+    def _record(self, rows: Tensor) -> None:
+        """Replay this step from now on, if it can be recorded."""
+        if self.on_cuda:
+            try:
+                self.graph = CudaGraph(self._step, rows)
+            except RuntimeError as error:
+                _log.info("steps are run, not replayed: %s", str(error).partition("\n")[0])
+        elif rows.device.type == "cpu":
+            cells, other = (
+                self.problem.train.cells(some)
+                for some in (rows, (rows + len(rows)) % len(self.problem.train))
+            )
+            self.gradients = recorded(self.gradients, self.state, cells, other, self.weight_there)
+
+
+def one_cycle(done: float) -> float:
+    """Return the learning rate as a share of its peak: up in a tenth of the run, then down along a cosine."""
+    return 0.04 + 0.96 * done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
+
+
+def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
+    """Take the steps of an epoch; return their losses, and whether ctrl-C ended it."""
+    for module in problem.modules:
+        module.train()
+    losses: list[Tensor] = []
+    interrupted = False
+    try:
+        for rows in _permuted(len(problem.train), step.settings, problem.train.start.device):
+            losses.append(step(rows))  # noqa: PERF401 (ctrl-C keeps what is done)
+    except KeyboardInterrupt:
+        interrupted = True
+    return torch.stack(losses).tolist() if losses else [], interrupted
+
+
+def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
+    """Yield a random order of all rows as minibatches of one size: the last is filled up from the first."""
+    order = torch.randperm(n, device=device)
+    size, steps = settings["minibatch_size"], settings["steps_per_epoch"]
+    yield from torch.cat([order, order[: steps * size - n]]).split(size)
+
+
+def _row(losses: list[float], step: _Stepper, problem: Problem, settings: dict[str, Any]) -> dict[str, float]:
+    """Return an epoch's row of the history; raise if a loss is not finite."""
+    for module in problem.modules:
+        module.eval()
+    with torch.no_grad(), seeded(problem.train.start.device, settings["seed"]):
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            rows = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+            raise FloatingPointError(
+                _blame(problem, step, step.taken - len(losses) + bad[0], problem.train.cells(rows))
+            )
+        blocks = problem.validation.minibatches(512) if problem.validation is not None else ()
+        measured = []
+        for cells in blocks:
+            measured.append(_measured(problem, cells, settings))
+            if not math.isfinite(measured[-1]["validation"]):
+                raise FloatingPointError(_blame(problem, step, step.taken, cells))
+    row = {"train": float(np.mean(losses)) if losses else math.nan, "validation": math.nan}
+    for name in measured[0] if measured else ():
+        row[name] = sum(m[name] * m["n"] for m in measured) / sum(m["n"] for m in measured)
+    row.pop("n", None)
+    return row | {"kl_weight": step.weight, "learning_rate": step.rate}
+
+
+def _measured(problem: Problem, cells: Cells, settings: dict[str, Any]) -> dict[str, float]:
+    """Return the validation loss of cells and the KL of each site, in nats per cell, and their number."""
+    cells = replace(cells, n_total=settings["n_train"])
+    loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
+    kl = kl_by_site(problem.model, problem.guide, cells)
+    return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
+
+
+def _blame(problem: Problem, step: _Stepper, which: int, cells: Cells) -> str:
+    """Say where a loss stopped being finite."""
+    guided, modelled = traces(problem.model, problem.guide, cells)
+    sites: dict[str, Tensor] = {}
+    for trace in (modelled, guided):
+        trace.compute_log_prob()
+        sites |= {
+            name: site["log_prob"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not torch.isfinite(site["log_prob"]).all()
+        }
+    return (
+        f"the loss is not finite from step {which} on "
+        f"(learning rate {step.rate:.2g}); sites without a finite density now: {', '.join(sites) or 'none'}. "
+        "Try a lower learning_rate or clip_norm=1.0; if it is the first step, look at that site's parameters"
+    )
+
+
+def _state(modules: list[nn.Module]) -> list[Tensor]:
+    """Return all tensors that training changes, each once: parameters, buffers and the param store's."""
+    store = pyro.get_param_store().get_state()["params"].values()
+    inside = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return list({id(tensor): tensor for tensor in (*inside, *store)}.values())
