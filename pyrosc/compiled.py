@@ -1,4 +1,4 @@
-"""Whether the compiled loops can be had: where numba does not import, torch operations do the same, slower."""
+"""Whether the compiled loops can be had: where numba does not import, torch operations do the same."""
 
 import logging
 from functools import cache

@@ -116,7 +116,7 @@ class Counts:
         )
 
     def on(self, device: torch.device | str) -> Resident:
-        """Put the counts on a device, once; minibatches are made there. On a CPU they are shared, not copied."""
+        """Put the counts on a device, once; minibatches are made there. A CPU shares them, without a copy."""
 
         def to(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             array = array if array.flags.c_contiguous and array.flags.writeable else array.copy()

@@ -4,8 +4,8 @@ Each log density is written twice: at a zero, where it is simple and is evaluate
 count, where it needs special functions and is evaluated in float64 for just those entries (a tenth of a
 typical count matrix). Partial derivatives come in closed form, so autograd differentiates none of it.
 
-What programs ask for is the density of whole cells, ``NegativeBinomial(...).to_event(1)``. On a CPU that is one
-compiled loop (`kernels.py`); elsewhere, and entry by entry, the torch operations written here.
+What programs ask for is the density of whole cells, ``NegativeBinomial(...).to_event(1)``. On a CPU that is
+one compiled loop (`kernels.py`); elsewhere, and entry by entry, the torch operations written here.
 """
 
 from collections.abc import Callable, Sequence
@@ -313,8 +313,8 @@ def _parameters(d: Any) -> list[Tensor | None] | None:
 
 
 def _suits_kernels(tensors: Sequence[Tensor]) -> bool:
-    value, *parameters = tensors
-    return all(t.device.type == "cpu" for t in tensors) and all(p.dtype == torch.float32 for p in parameters)
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    return on_cpu and all(p.dtype == torch.float32 for p in tensors[1:])
 
 
 class _Rows(torch.autograd.Function):

@@ -1,13 +1,14 @@
 """Loops over counts on a CPU, compiled by numba: densities of whole cells, and the making of minibatches.
 
-Each is one pass over the entries where the same in torch operations is thirty, and is written down twice: here
-for speed, and there, in `distributions.py`, for every device and as the reference that tests compare with.
+Each is one pass over the entries where the same in torch operations is thirty, and is written twice: here for
+speed, and in `distributions.py` for every device, and as the reference that tests compare with.
 Rows are shared among torch's threads; the result does not depend on how many there are.
 """
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
@@ -214,9 +215,8 @@ def _log_density(
                     part64 += log if x_row[j] == 0 else 0.0
                     if d_mean is not None:
                         d_mean[row, j] = by_y * y_mean
-                    if theta is not None:
-                        if d_theta is not None:
-                            d_theta[row, j] = by_y * y_theta
+                    if theta is not None and d_theta is not None:
+                        d_theta[row, j] = by_y * y_theta
                     if d_gate is not None:
                         d_gate[row, j] = by_gate
                 total += part64
@@ -317,16 +317,15 @@ def _shared(run: Callable[..., None], n_rows: int, n_entries: int, *arguments: A
     edges = [n_rows * i // n for i in range(n + 1)]
     waiting = [
         _threads.submit(run, first, last, *arguments)  # type: ignore[union-attr]
-        for first, last in zip(edges[1:-1], edges[2:], strict=True)
+        for first, last in pairwise(edges[1:])
     ]
     run(edges[0], edges[1], *arguments)
     for share in waiting:
         share.result()
 
 
-@torch.library.custom_op("pyrosc::log_density", mutates_args=())
 def log_density(
-    x: Tensor, mean: Tensor, theta: Tensor | None, gate: Tensor | None, wanted: list[bool]
+    x: Tensor, mean: Tensor, theta: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log density of rows of counts, and its slopes.
 
@@ -353,6 +352,16 @@ def log_density(
     filled = [slope.numpy() if want else None for slope, want in zip(slopes, wanted, strict=True)]
     _shared(_log_density, n_rows, n_rows * n_genes, *arrays, log_p.numpy(), *filled)
     return log_p, *slopes
+
+
+# An operator of torch's own, so that a recorded step holds it as one operation whose inside is not looked at.
+# (torch.library.custom_op does the same and imports torch._dynamo when it is first called: a second and a half.)
+_LIBRARY = torch.library.Library("pyrosc", "DEF")
+_LIBRARY.define(
+    "log_density(Tensor x, Tensor mean, Tensor? theta, Tensor? gate, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("log_density", log_density, "CPU")
 
 
 def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tensor, n_genes: int) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrosc.cells import Cells
 from pyrosc.random import seeded
@@ -57,6 +56,8 @@ def recorded(
         The same bits, sooner. If the programs could not be recorded, or a replay differs from them, the log
         says why.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes a while to import
+
     device, n_state = cells.x.device, len(state)
 
     def flat(*tensors: Tensor) -> list[Tensor | None]:

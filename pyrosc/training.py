@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyrosc.cells import Cells, Resident
 from pyrosc.objective import kl_by_site, weighted_loss
+from pyrosc.optimiser import Adam
 from pyrosc.programs import (
     Program,
     check_all_found,
@@ -113,19 +114,11 @@ class _Stepper:
         self.taken = 0
         self.rate = self.weight = 0.0
         device = problem.train.start.device
-        self.on_cuda = device.type == "cuda"
         # On the device, so that a recorded step reads what they are then.
-        self.weight_there = torch.zeros((), device=device)
-        self.rate_there: Any = torch.zeros((), device=device) if self.on_cuda else 0.0
+        self.weight_there, self.rate_there = torch.zeros((), device=device), torch.zeros((), device=device)
         self.gradients = gradients_of(self._loss, self.parameters)
         self.graph: CudaGraph | None = None
-        self.optimiser = torch.optim.Adam(
-            self.parameters,
-            lr=self.rate_there,
-            weight_decay=settings["weight_decay"] / settings["n_train"],
-            fused=True,
-            capturable=self.on_cuda,
-        )
+        self.optimiser = Adam(self.parameters, settings["weight_decay"] / settings["n_train"])
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Take the step; return the loss before it, in nats per cell, on the device."""
@@ -133,11 +126,7 @@ class _Stepper:
         self.rate = settings["learning_rate"] * one_cycle(self.taken / self.planned)
         self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
         self.weight_there.fill_(self.weight)
-        if self.on_cuda:
-            self.rate_there.fill_(self.rate)
-        else:
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.rate
+        self.rate_there.fill_(self.rate)
         if self.taken == RECORD_AFTER and self.planned > 3 * RECORD_AFTER:
             self._record(rows)
         loss = self._step(rows) if self.graph is None else self.graph(rows)
@@ -149,18 +138,15 @@ class _Stepper:
 
     def _step(self, rows: Tensor) -> Tensor:
         loss, *gradients = self.gradients(self.problem.train.cells(rows), self.weight_there)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
         if self.settings["clip_norm"] is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.settings["clip_norm"])
+            gradients = _clipped(gradients, self.settings["clip_norm"])
         # A step with a loss that is not finite is not taken, so that the parameters can still be looked at.
-        self.optimiser.found_inf = (~torch.isfinite(loss)).float()  # type: ignore[attr-defined]
-        self.optimiser.step()
+        self.optimiser.step(gradients, self.rate_there, skip=(~torch.isfinite(loss)).float())
         return loss
 
     def _record(self, rows: Tensor) -> None:
         """Replay this step from now on, if it can be recorded."""
-        if self.on_cuda:
+        if rows.device.type == "cuda":
             try:
                 self.graph = CudaGraph(self._step, rows)
             except RuntimeError as error:
@@ -171,6 +157,13 @@ class _Stepper:
                 for some in (rows, (rows + len(rows)) % len(self.problem.train))
             )
             self.gradients = recorded(self.gradients, self.state, cells, other, self.weight_there)
+
+
+def _clipped(gradients: list[Tensor | None], norm: float) -> list[Tensor | None]:
+    """Shorten gradients, as one vector, to a norm."""
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients if gradient is not None]
+    share = (norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+    return [None if gradient is None else gradient * share for gradient in gradients]
 
 
 def one_cycle(done: float) -> float:

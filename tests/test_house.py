@@ -30,7 +30,7 @@ LAYERS = [
     {"models.*"},
     {"models"},
     {"programs"},
-    {"objective", "recording"},
+    {"objective", "optimiser", "recording"},
     {"training"},
     {"svi"},
     {"persist"},
