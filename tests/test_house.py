@@ -22,7 +22,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"kernels"},
     {"compiled"},
-    {"random", "cells", "datasets", "distributions"},
+    {"random", "cells", "datasets", "distributions", "sparse"},
     {"counts"},
     {"reading"},
     {"networks"},
