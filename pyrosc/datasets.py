@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import brentq
 from scipy.sparse import csr_matrix
 from scipy.special import expit, logit, softmax
 
@@ -260,6 +259,8 @@ def _dropout_probability(rate: Matrix, dropout: Number, slope: Number) -> Matrix
     fall = slope * np.log(np.maximum(rate, np.finfo(float).tiny))
     # Between these all entries pass from at most to at least `dropout`, so the mean does.
     low, high = logit(dropout) + fall.min(), logit(dropout) + fall.max()
+    from scipy.optimize import brentq  # takes long to import, for one use
+
     return expit(brentq(lambda a: expit(a - fall).mean() - dropout, low - 1e-9, high + 1e-9) - fall)
 
 

@@ -33,12 +33,11 @@ _LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(1024)])
 _LOG1P = np.log1p(np.arange(1024)).astype(np.float32)
 _LARGEST, _LARGEST64 = np.float32(3e38), 1e308
 _STEEPEST = 1e30
+_FAR_OUT = np.float32(1e-35)  # probabilities of a zero below which float32 has too few digits
 _SMALLEST_MEAN = float(torch.finfo(torch.float32).tiny)
 _LN2 = math.log(2.0)
 
-# 2 atanh(s) = 2 s + s q(s^2), the log of (1 + s) / (1 - s); here |s| < 0.172.
-_F0, _F1, _F2, _F3, _F4 = (np.float32(2 / k) for k in (3, 5, 7, 9, 11))
-_ONE, _TWO, _LN2_32 = np.float32(1), np.float32(2), np.float32(_LN2)
+_F = np.float32
 
 
 @_inlined
@@ -111,22 +110,75 @@ def _nb_at_zero(mu: float, theta: float) -> tuple[float, float, float]:
     return -theta * log, -d, -(s * (f * d + q)) if e == 0.0 else r * d - log
 
 
+# In float32, twice as many to a vector: what a zero says, which is evaluated for every entry.
+
+
 @_inlined
 @no_type_check
-def _zero_inflated_at_zero(y: float, g: float) -> tuple[float, float, float]:
-    """Return log(pi + (1 - pi) p0), its slope in y = log p0 and its slope in g = logit pi, float64."""
-    small = _exp(-abs(g))
-    bound = 1.0 / (1.0 + small)
+def _log_parts32(u: float, less_one: float) -> tuple[int, float, float, float]:
+    bits = np.float32(u).view(np.int32)
+    e = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
+    f = less_one if e == 0 else np.int32(bits - np.int32(e << np.int32(23))).view(np.float32) - _F(1)
+    s = f / (_F(2) + f)
+    z = s * s
+    return e, f, s, z * (_F(2 / 3) + z * (_F(2 / 5) + z * (_F(2 / 7) + z * (_F(2 / 9) + z * _F(2 / 11)))))
+
+
+@_inlined
+@no_type_check
+def _exp32(y: float) -> float:
+    """Exponential of a number that is not positive; below -87, of -87."""
+    y = _F(-87) if y < _F(-87) else y
+    n = np.floor(y * _F(1 / _LN2) + _F(0.5))
+    r = y - n * _F(_LN2)
+    p = _F(1 / 24) + r * (_F(1 / 120) + r * (_F(1 / 720) + r * _F(1 / 5040)))
+    p = _F(1) + r * (_F(1) + r * (_F(0.5) + r * (_F(1 / 6) + r * p)))
+    return p * np.int32(np.int32(np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_inlined
+@no_type_check
+def _nb_at_zero32(mu: float, theta: float) -> tuple[float, float, float]:
+    r = mu / theta
+    u = _F(1) + r
+    e, f, s, q = _log_parts32(u, r)
+    log = _F(e) * _F(_LN2) + s * (_F(2) + q)
+    log = log if u < _LARGEST else u
+    d = _F(1) / u
+    return -theta * log, -d, -(s * (f * d + q)) if e == 0 else r * d - log
+
+
+@_inlined
+@no_type_check
+def _zero_inflated_at_zero32(y: float, g: float) -> tuple[float, float, float, float]:
+    """Return log(pi + (1 - pi) p0), its slope in y = log p0 and in g = logit pi, and the sum itself.
+
+    Where that is near 1, its log is taken of what it lacks to 1, (1 - pi) (1 - p0), with all its digits.
+    """
+    small = _exp32(-abs(g))
+    bound = _F(1) / (_F(1) + small)
     pi = bound if g > 0 else small * bound
     kept = small * bound if g > 0 else bound
-    p0 = _exp(y) if y == y else y
-    lost = -y * (1.0 + y * (0.5 + y * (1.0 / 6 + y * (1.0 / 24)))) if y > -1e-3 else 1.0 - p0
-    positive = kept * lost
+    p0 = _exp32(y)
+    series = _F(1 / 24) + y * (_F(1 / 120) + y * (_F(1 / 720) + y * (_F(1 / 5040) + y * _F(1 / 40320))))
+    series = -y * (_F(1) + y * (_F(0.5) + y * (_F(1 / 6) + y * series)))
+    positive = kept * (series if y > _F(-0.5) else _F(1) - p0)
     p = pi + kept * p0
-    e, _, s, q = _log_parts(p, -positive)
-    log = e * _LN2 + s * (2.0 + q)
-    log = log if p < _LARGEST64 else p
-    return log, kept * p0 / p, pi * positive / p
+    e, _, s, q = _log_parts32(p, -positive)
+    log = _F(e) * _F(_LN2) + s * (_F(2) + q)
+    inverse = _F(1) / p
+    return (log if p < _LARGEST else p), kept * p0 * inverse, pi * positive * inverse, p
+
+
+@numba.njit(cache=True, error_model="numpy")
+@no_type_check
+def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
+    """Return the same, but the sum, in log space: where it is too small for float32."""
+    larger, smaller = max(g, y), min(g, y)
+    log_sum = larger + math.log1p(math.exp(smaller - larger))  # of odds: of e^g + p0
+    log_kept = -math.log1p(math.exp(g)) if g < 0 else -g - math.log1p(math.exp(-g))
+    by_y = 1.0 / (1.0 + math.exp(g - y)) if g < y else math.exp(y - g) / (1.0 + math.exp(y - g))
+    return log_sum + log_kept, by_y, (1.0 - by_y) * math.exp(log_kept) * -math.expm1(y)
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -160,37 +212,45 @@ def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
     return value, slope + log_growth + x / (2 * a * b) + slope_b - slope_a
 
 
+# Vectors of numbers per count, one after the other in one array: to the compiler several arrays may overlap,
+# and it then works on one number at a time.
+_K, _MU, _THETA, _PRODUCT, _SLOPE, _REST, _BY_MEAN = (i * _WIDE for i in range(7))
+
+
 @_compiled
 @no_type_check
-def _rising_factorials(n: int, theta: Any, k: Any, product: Any, slope: Any, rest: Any) -> None:
+def _rising_factorials(n: int, b: Any) -> None:
     """Fill in Gamma(theta + k) / (Gamma(theta) k!), as log product + rest, and the slope of its log in theta.
 
     Small counts have their factors multiplied out, four for all and the others for those that have more:
     product and its derivative, whose ratio is the slope.
     """
     for i in range(n):
-        factor, more = theta[i], k[i] > 0
-        p, d = (factor if more else 1.0), (1.0 if more else 0.0)
-        factor, more = factor + 1.0, k[i] > 1
-        d, p = (d * factor + p if more else d), (p * factor if more else p)
-        factor, more = factor + 1.0, k[i] > 2
-        d, p = (d * factor + p if more else d), (p * factor if more else p)
-        factor, more = factor + 1.0, k[i] > 3
-        d, p = (d * factor + p if more else d), (p * factor if more else p)
-        product[i], slope[i] = p, d / p
-        rest[i] = -_LOG_FACTORIAL[int(min(max(k[i], 0.0), _EXACT))]
+        k, factor = b[_K + i], b[_THETA + i]
+        product, slope = (factor if k > 0 else 1.0), (1.0 if k > 0 else 0.0)
+        factor += 1.0
+        slope = slope * factor + product if k > 1 else slope
+        product = product * factor if k > 1 else product
+        factor += 1.0
+        slope = slope * factor + product if k > 2 else slope
+        product = product * factor if k > 2 else product
+        factor += 1.0
+        slope = slope * factor + product if k > 3 else slope
+        product = product * factor if k > 3 else product
+        b[_PRODUCT + i], b[_SLOPE + i] = product, slope / product
     for i in range(n):
-        if k[i] > 4 or k[i] != math.floor(k[i]) or k[i] < 0:
-            if k[i] <= _EXACT and k[i] == math.floor(k[i]) and k[i] > 0:
-                p, d = product[i], slope[i] * product[i]
-                for j in range(4, int(k[i])):
-                    factor = theta[i] + j
-                    d = d * factor + p
-                    p *= factor
-                product[i], slope[i] = p, d / p
-            else:
-                log_rising, slope[i] = _log_rising_factorial(theta[i], k[i])
-                product[i], rest[i] = 1.0, log_rising - math.lgamma(k[i] + 1.0)
+        k, theta = b[_K + i], b[_THETA + i]
+        if 0 < k <= _EXACT and k == math.floor(k):
+            b[_REST + i] = -_LOG_FACTORIAL[int(k)]
+            if k > 4:
+                product, slope = b[_PRODUCT + i], b[_SLOPE + i] * b[_PRODUCT + i]
+                for j in range(4, int(k)):
+                    slope = slope * (theta + j) + product
+                    product *= theta + j
+                b[_PRODUCT + i], b[_SLOPE + i] = product, slope / product
+        else:
+            log_rising, b[_SLOPE + i] = _log_rising_factorial(theta, k)
+            b[_PRODUCT + i], b[_REST + i] = 1.0, log_rising - math.lgamma(k + 1.0)
 
 
 @_compiled
@@ -213,102 +273,104 @@ def _log_density(
     slopes that nobody wants.
     """
     n_genes = x.shape[1]
-    place = np.empty(n_genes, np.int32)
-    k, mu, t, product, slope, rest, by_mean = np.empty((7, n_genes))
+    slopes = np.empty(3 * _WIDE, np.float32)  # in mean, theta and gate
+    place = np.empty(_WIDE + 1, np.int32)
+    b = np.empty(7 * _WIDE)
     for row in range(first, last):
-        x_row, mean_row = x[row % x.shape[0]], mean[row % mean.shape[0]]
-        if theta is not None:
-            theta_row = theta[row % theta.shape[0]]
-        if gate is not None:
-            gate_row = gate[row % gate.shape[0]]
+        log_p[row] = 0
         total = 0.0
-        # What a zero says, everywhere.
         for start in range(0, n_genes, _WIDE):
             stop = min(n_genes, start + _WIDE)
+            width = stop - start
+            x_part, mean_part = x[row % x.shape[0], start:stop], mean[row % mean.shape[0], start:stop]
+            if theta is not None:
+                theta_part = theta[row % theta.shape[0], start:stop]
             if gate is not None:
-                part64 = 0.0
-                for j in range(start, stop):
-                    m = np.float64(mean_row[j])
+                gate_part = gate[row % gate.shape[0], start:stop]
+            # What a zero says, everywhere.
+            part, n_far_out = _F(0), _F(0)
+            for j in range(width):
+                if theta is not None:
+                    log, by_mean, by_theta = _nb_at_zero32(mean_part[j], theta_part[j])
+                else:
+                    log, by_mean = -mean_part[j], _F(-1)
+                if gate is not None:
+                    log, by_log, by_gate, p = _zero_inflated_at_zero32(log, gate_part[j])
+                    n_far_out += _F(1) if p < _FAR_OUT else _F(0)
+                    by_mean *= by_log
                     if theta is not None:
-                        y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta_row[j]))
+                        by_theta *= by_log
+                    slopes[2 * _WIDE + j] = by_gate
+                slopes[j] = by_mean
+                if theta is not None:
+                    slopes[_WIDE + j] = by_theta
+                part += log if x_part[j] == 0 else _F(0)
+            total += part
+            if gate is not None and n_far_out > 0:
+                for j in range(width):
+                    m, zero = np.float64(mean_part[j]), x_part[j] == 0
+                    if theta is not None:
+                        y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta_part[j]))
+                        log32, _, _ = _nb_at_zero32(mean_part[j], theta_part[j])
                     else:
-                        y, y_mean = -m, -1.0
-                    log, by_y, by_gate = _zero_inflated_at_zero(y, np.float64(gate_row[j]))
-                    part64 += log if x_row[j] == 0 else 0.0
-                    if d_mean is not None:
-                        d_mean[row, j] = by_y * y_mean
-                    if theta is not None and d_theta is not None:
-                        d_theta[row, j] = by_y * y_theta
-                    if d_gate is not None:
-                        d_gate[row, j] = by_gate
-                total += part64
-            else:
-                part = np.float32(0)
-                for j in range(start, stop):
-                    mu32 = mean_row[j]
-                    if theta is None:
-                        part -= mu32 if x_row[j] == 0 else np.float32(0)
-                        if d_mean is not None:
-                            d_mean[row, j] = -_ONE
-                    else:  # _nb_at_zero, in float32: twice as many to a vector
-                        r = mu32 / theta_row[j]
-                        u = _ONE + r
-                        bits = np.float32(u).view(np.int32)
-                        e = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
-                        f = r if e == 0 else np.int32(bits - (e << np.int32(23))).view(np.float32) - _ONE
-                        s = f / (_TWO + f)
-                        z = s * s
-                        q = z * (_F0 + z * (_F1 + z * (_F2 + z * (_F3 + z * _F4))))
-                        log = np.float32(e) * _LN2_32 + s * (_TWO + q)
-                        log = log if u < _LARGEST else u
-                        d = _ONE / u
-                        part -= theta_row[j] * log if x_row[j] == 0 else np.float32(0)
-                        if d_mean is not None:
-                            d_mean[row, j] = -d
-                        if d_theta is not None:
-                            d_theta[row, j] = -(s * (f * d + q)) if e == 0 else r * d - log
-                total += part
-        # The counts, in float64: gathered, so that these loops run in vectors too.
-        n = 0
-        for j in range(n_genes):
-            place[n] = j
-            n += x_row[j] != 0
-        for i in range(n):
-            k[i] = x_row[place[i]]
-            mu[i] = max(np.float64(mean_row[place[i]]), _SMALLEST_MEAN)
-        if theta is None:
-            for i in range(n):
-                whole = k[i] < _LOG_FACTORIAL.size and k[i] == math.floor(k[i]) and k[i] > 0
-                rest[i] = -(_LOG_FACTORIAL[int(k[i])] if whole else math.lgamma(k[i] + 1.0))
-            for i in range(n):
-                total += k[i] * _log(mu[i]) - mu[i] + rest[i]
-                by_mean[i] = (k[i] - mu[i]) / mu[i]
-        else:
-            for i in range(n):
-                t[i] = theta_row[place[i]]
-            _rising_factorials(n, t, k, product, slope, rest)
-            for i in range(n):
-                at_zero, _, zero_theta = _nb_at_zero(mu[i], t[i])
-                inverse = 1.0 / (mu[i] + t[i])
-                total += _log(product[i]) + rest[i] + k[i] * _log(mu[i] * inverse) + at_zero
-                by_mean[i] = (k[i] - mu[i]) / mu[i] * (t[i] * inverse)
-                slope[i] += zero_theta - k[i] * inverse
-            if d_theta is not None:
-                for i in range(n):
-                    d_theta[row, place[i]] = slope[i]
-        if d_mean is not None:
-            for i in range(n):
-                d_mean[row, place[i]] = min(by_mean[i], _STEEPEST)
-        if gate is not None:
-            for i in range(n):
-                g = np.float64(gate_row[place[i]])
-                small = _exp(-abs(g))
-                lost = 1.0 / (1.0 + small) if g > 0 else small / (1.0 + small)
-                total += -_log(1.0 + small) - max(g, 0.0)
-                by_mean[i] = -lost
+                        y, y_mean, log32 = -m, -1.0, -mean_part[j]
+                    log32, _, _, p = _zero_inflated_at_zero32(log32, gate_part[j])
+                    if p < _FAR_OUT:
+                        log64, by_y, by_g = _zero_inflated_far_out(y, np.float64(gate_part[j]))
+                        total += log64 - log32 if zero else 0.0
+                        slopes[j] = by_y * y_mean
+                        slopes[2 * _WIDE + j] = by_g
+                        if theta is not None:
+                            slopes[_WIDE + j] = by_y * y_theta
+            if d_mean is not None:
+                d_mean[row, start:stop] = slopes[:width]
+            if theta is not None and d_theta is not None:
+                d_theta[row, start:stop] = slopes[_WIDE : _WIDE + width]
             if d_gate is not None:
+                d_gate[row, start:stop] = slopes[2 * _WIDE : 2 * _WIDE + width]
+            # The counts, in float64: gathered, so that these loops run in vectors too.
+            n = 0
+            for j in range(width):
+                place[n] = j
+                n += x_part[j] != 0
+            for i in range(n):
+                b[_K + i] = x_part[place[i]]
+                b[_MU + i] = max(np.float64(mean_part[place[i]]), _SMALLEST_MEAN)
+            if theta is None:
                 for i in range(n):
-                    d_gate[row, place[i]] = by_mean[i]
+                    k, mu = b[_K + i], b[_MU + i]
+                    whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
+                    b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
+                for i in range(n):
+                    k, mu = b[_K + i], b[_MU + i]
+                    total += k * _log(mu) - mu + b[_REST + i]
+                    b[_BY_MEAN + i] = (k - mu) / mu
+            else:
+                for i in range(n):
+                    b[_THETA + i] = theta_part[place[i]]
+                _rising_factorials(n, b)
+                for i in range(n):
+                    k, mu, t = b[_K + i], b[_MU + i], b[_THETA + i]
+                    at_zero, _, zero_theta = _nb_at_zero(mu, t)
+                    inverse = 1.0 / (mu + t)
+                    total += _log(b[_PRODUCT + i]) + b[_REST + i] + k * _log(mu * inverse) + at_zero
+                    b[_BY_MEAN + i] = (k - mu) / mu * (t * inverse)
+                    b[_SLOPE + i] += zero_theta - k * inverse
+                if d_theta is not None:
+                    for i in range(n):
+                        d_theta[row, start + place[i]] = b[_SLOPE + i]
+            if d_mean is not None:
+                for i in range(n):
+                    d_mean[row, start + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
+            if gate is not None:
+                for i in range(n):
+                    g = np.float64(gate_part[place[i]])
+                    small = _exp(-abs(g))
+                    total += -_log(1.0 + small) - max(g, 0.0)
+                    b[_SLOPE + i] = -(1.0 if g > 0 else small) / (1.0 + small)
+                if d_gate is not None:
+                    for i in range(n):
+                        d_gate[row, start + place[i]] = b[_SLOPE + i]
         log_p[row] = total
 
 
@@ -374,7 +436,7 @@ _counts.alone = _count
 @_compiled
 @no_type_check
 def _list(first: int, last: int, x: Any, log1p: Any, start: Any, gene: Any, value: Any) -> None:
-    """List the genes and the log(1 + x) of what is not zero in rows `first` to `last`, each from `start` on."""
+    """List genes and log(1 + x) of what is not zero in rows `first` to `last`, each from its `start` on."""
     place = np.empty(x.shape[1], np.int32)
     for row in range(first, last):
         n = 0
@@ -446,7 +508,7 @@ _forked = False
 
 
 def _note_fork() -> None:
-    global _forked  # noqa: PLW0603
+    global _forked
     _forked = True
 
 
@@ -459,7 +521,7 @@ if hasattr(os, "register_at_fork"):
 def _shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(n_shares, n_rows, ...) on as many threads as torch has; numba's number is left as it was."""
     n_threads = 1 if _forked or n_entries < _ALONE else torch.get_num_threads()
-    n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)
+    n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     if n_threads == 1:
         run.alone(0, n_rows, *arguments)
         return
@@ -495,10 +557,10 @@ def log_density(
     n_genes = x.shape[1]
     log_p = x.new_empty(n_rows)
     slopes = [x.new_empty((n_rows, n_genes) if want else (0, n_genes)) for want in wanted]
-    arrays = [None if t is None else t.numpy() for t in inputs]
+    arrays = [None if t is None else t.detach().numpy() for t in inputs]
     filled = [slope.numpy() if want else None for slope, want in zip(slopes, wanted, strict=True)]
     _shared(_log_densities, n_rows, n_rows * n_genes, *arrays, log_p.numpy(), *filled)
-    return log_p, *slopes
+    return log_p, slopes[0], slopes[1], slopes[2]
 
 
 def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
@@ -548,7 +610,7 @@ def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tenso
 
 
 # Operators of torch's own, so that a recorded step holds each as one operation that is not looked into.
-# (torch.library.custom_op does the same and imports torch._dynamo when it is first called: a second and a half.)
+# (torch.library.custom_op does the same, and imports torch._dynamo when first called: a second and a half.)
 _LIBRARY = torch.library.Library("pyrosc", "DEF")
 _LIBRARY.define(
     "log_density(Tensor x, Tensor mean, Tensor? theta, Tensor? gate, bool[] wanted)"

@@ -45,8 +45,8 @@ def weighted_loss(
 ) -> Float[Tensor, ""]:
     """Return the negative ELBO with a weight on its KL, in nats per cell.
 
-    Value and gradients are those of ``elbo.differentiable_loss``. An estimator that is none of Pyro's Trace_ELBO,
-    TraceMeanField_ELBO and TraceEnum_ELBO is asked itself.
+    Value and gradients are those of ``elbo.differentiable_loss``. An estimator that is none of Pyro's
+    Trace_ELBO, TraceMeanField_ELBO and TraceEnum_ELBO is asked itself.
     """
     scaled = ScaleKL(weight)
     estimate = _ESTIMATES.get(type(elbo))
@@ -61,7 +61,7 @@ def weighted_loss(
 
 
 def _trace(modelled: poutine.Trace, guided: poutine.Trace) -> Any:
-    """Return the ELBO as log p less log q; draws without a gradient of their own have the score function's."""
+    """Return the ELBO, log p less log q; draws without a gradient of their own have the score function's."""
     value: Any = 0.0
     surrogate: Any = 0.0
     for site in _sampled(modelled):

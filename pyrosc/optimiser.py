@@ -1,4 +1,4 @@
-"""Adam, as torch's fused kernel: one operation a step, of which a learning rate on the device is an argument."""
+"""Adam, as torch's fused kernel: one operation a step, which takes a learning rate on the device."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class Adam:
     """Adam (Kingma and Ba 2015) with weight decay added to the gradient.
 
-    The numbers are those of ``torch.optim.Adam(fused=True)``, whose first use imports torch's compiler (over a
-    second) and whose Python takes as long as a small network.
+    The numbers are those of ``torch.optim.Adam(fused=True)``, whose first use imports torch's compiler, which
+    takes over a second.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Adam:
         self.mean_square = [torch.zeros_like(p, requires_grad=False) for p in parameters]
         self.steps = [torch.zeros((), device=p.device) for p in parameters]
 
-    def step(self, gradients: Sequence[Tensor | None], rate: float | Tensor, skip: Tensor) -> None:
+    def step(self, gradients: Sequence[Tensor | None], rate: Tensor, skip: Tensor) -> None:
         """Take a step.
 
         Parameters
@@ -35,14 +35,15 @@ class Adam:
         gradients
             One for each parameter; what has None stays.
         rate
-            Learning rate; a tensor where the step is recorded.
+            Learning rate, a scalar on the parameters' device.
         skip
             1 to leave the parameters as they are, else 0; a scalar on their device.
         """
         with_gradient = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        parameters, given, mean, mean_square, steps = (
+        given = [gradient for gradient in gradients if gradient is not None]
+        parameters, mean, mean_square, steps = (
             [tensors[i] for i in with_gradient]
-            for tensors in (self.parameters, gradients, self.mean, self.mean_square, self.steps)
+            for tensors in (self.parameters, self.mean, self.mean_square, self.steps)
         )
         with torch.no_grad():
             torch._foreach_add_(steps, 1 - skip)

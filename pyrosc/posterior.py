@@ -5,7 +5,7 @@ nothing of the size draws x cells x genes is ever held for more than a minibatch
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import anndata
@@ -21,7 +21,6 @@ from torch.distributions import constraints
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
-from pyrosc.programs import traces
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
@@ -393,7 +392,7 @@ def _traces(
 ) -> tuple[list[poutine.Trace], list[list[poutine.Trace]]]:
     """Run the guide, and the model on what it drew in each batch: once for all draws, or once for each."""
     size, runs = (n_draws, 1) if parallel else (1, n_draws)
-    dim = -1 - _nesting(fit, cells)
+    dim = -1 - fit.settings["plate_nesting"]
     guided, modelled = [], []
     for _ in range(runs):
         guided.append(poutine.trace(_repeated(fit.guide, size, dim)).get_trace(cells))
@@ -411,17 +410,6 @@ def _repeated(program: Any, n_draws: int, dim: int) -> Any:
             program(cells)
 
     return repeated
-
-
-def _nesting(fit: Fit, cells: Cells) -> int:
-    """Return how many plates stand inside each other in the programs, from a run on one cell."""
-    arrays = {
-        field.name: getattr(cells, field.name)[:1] for field in fields(cells) if field.name != "n_total"
-    }
-    one = replace(cells, **arrays)
-    both = traces(fit.model, fit.guide, one)
-    sites = [site for trace in both for site in trace.nodes.values() if site["type"] == "sample"]
-    return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=0)
 
 
 def _value(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:

@@ -198,10 +198,15 @@ def traces(model: Program, guide: Program, cells: Cells) -> tuple[poutine.Trace,
     return guided, poutine.trace(poutine.replay(model, guided)).get_trace(cells)
 
 
-def check_programs(model: Program, guide: Program, cells: Cells) -> None:
+def check_programs(model: Program, guide: Program, cells: Cells) -> int:
     """Run both programs once, with Pyro's validation on, and raise where they don't fit.
 
     Parameters that programs make with ``pyro.param`` or as autoguides exist from then on.
+
+    Returns
+    -------
+    int
+        How many plates stand inside each other: left of these is room for a plate of draws.
 
     Raises
     ------
@@ -239,6 +244,10 @@ def check_programs(model: Program, guide: Program, cells: Cells) -> None:
             'stands inside pyro.plate("cells", cells.n_total, subsample=cells.index)'
         )
         raise ValueError(msg)
+    sites = [
+        site for trace in (guided, modelled) for site in trace.nodes.values() if site["type"] == "sample"
+    ]
+    return max((-f.dim for site in sites for f in site["cond_indep_stack"] if f.vectorized), default=0)
 
 
 def is_plate(site: Any) -> bool:

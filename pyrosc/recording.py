@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from pyrosc.cells import Cells
 from pyrosc.random import seeded
 
-Gradients = Callable[[Cells, Tensor], list[Tensor | None]]
+Gradients = Callable[[Cells, Tensor], tuple[Tensor, list[Tensor | None]]]
 """From cells and the weight of the KL to the loss and its gradients; None for a parameter it does not use."""
 
 _ARRAYS = [field.name for field in fields(Cells) if field.name != "n_total"]
@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 def gradients_of(loss: Callable[[Cells, Tensor], Tensor], parameters: Sequence[Tensor]) -> Gradients:
     """Return the function that runs a loss and differentiates it."""
 
-    def gradients(cells: Cells, weight: Tensor) -> list[Tensor | None]:
+    def gradients(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         value = loss(cells, weight)
-        return [value.detach(), *torch.autograd.grad(value, parameters, allow_unused=True)]
+        return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
 
     return gradients
 
@@ -62,7 +62,10 @@ def recorded(
 
     def flat(*tensors: Tensor) -> list[Tensor | None]:
         *arrays, weight = tensors[n_state:]
-        return gradients(Cells(n_total=cells.n_total, **dict(zip(_ARRAYS, arrays, strict=True))), weight)
+        value, slopes = gradients(
+            Cells(n_total=cells.n_total, **dict(zip(_ARRAYS, arrays, strict=True))), weight
+        )
+        return [value, *slopes]
 
     def flattened(cells: Cells, weight: Tensor) -> list[Tensor]:
         return [*state, *(getattr(cells, name) for name in _ARRAYS), weight]
@@ -73,17 +76,18 @@ def recorded(
             graph = make_fx(flat)(*flattened(cells, weight))
         _simplify(graph)
 
-        def replay(cells: Cells, weight: Tensor) -> list[Tensor | None]:
+        def replay(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
             with torch.no_grad():
-                return graph(*flattened(cells, weight))
+                value, *slopes = graph(*flattened(cells, weight))
+            return value, slopes
 
         runs = []
         for run in (gradients, replay):
             _restore(state, kept)
             with seeded(device, 1):
-                outputs = run(other, weight / 2)
+                value, slopes = run(other, weight / 2)
             changed = [tensor.detach().clone() for tensor in state]
-            runs.append([*outputs, *changed])
+            runs.append([value, *slopes, *changed])
         if not all(_alike(a, b) for a, b in zip(*runs, strict=True)):
             msg = "a replay on other cells differs: a program does what no tensor operation shows"
             raise RuntimeError(msg)
@@ -126,7 +130,7 @@ def _simplify(graph: fx.GraphModule) -> None:
 
 
 def _acts(node: fx.Node) -> bool:
-    """Say whether an operation does more than return its result: changes a tensor, or draws random numbers."""
+    """Say whether an operation does more than return its result: changes a tensor, draws random numbers."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.op in ("placeholder", "output")
     return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags

@@ -29,8 +29,8 @@ from pyrosc.programs import (
 from pyrosc.random import seeded
 from pyrosc.recording import CudaGraph, gradients_of, recorded
 
-RECORD_AFTER = 100
-"""Steps that are run before one is recorded: a recording takes as long as it saves in two hundred steps."""
+RECORD_AFTER, RECORD_FOR = 30, 300
+"""Steps that are run before one is recorded, and steps to come for which that is worth its time."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,14 +54,14 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
     for module in problem.modules:
         module.eval()  # so that a run of the programs leaves their running moments alone
     with seeded(first.device, settings["seed"]):
-        check_programs(problem.model, problem.guide, problem.train.cells(first))
+        cells = problem.train.cells(first)
+        settings["plate_nesting"] = check_programs(problem.model, problem.guide, cells)
     own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)
     with seeded(first.device, settings["seed"]):
-        cells = problem.train.cells(first)
         check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
-    each = is_of_each_cell(problem.model, problem.guide, problem.train.cells(first), state)
+    each = is_of_each_cell(problem.model, problem.guide, cells, state)
     settings["parameters_of_each_cell"] = each
     if each and settings["n_train"] < settings["n_cells"]:
         msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
@@ -127,7 +127,7 @@ class _Stepper:
         self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
         self.weight_there.fill_(self.weight)
         self.rate_there.fill_(self.rate)
-        if self.taken == RECORD_AFTER and self.planned > 3 * RECORD_AFTER:
+        if self.taken == RECORD_AFTER and self.planned - self.taken > RECORD_FOR:
             self._record(rows)
         loss = self._step(rows) if self.graph is None else self.graph(rows)
         self.taken += 1
@@ -137,7 +137,7 @@ class _Stepper:
         return weighted_loss(self.problem.elbo, self.problem.model, self.problem.guide, cells, weight)
 
     def _step(self, rows: Tensor) -> Tensor:
-        loss, *gradients = self.gradients(self.problem.train.cells(rows), self.weight_there)
+        loss, gradients = self.gradients(self.problem.train.cells(rows), self.weight_there)
         if self.settings["clip_norm"] is not None:
             gradients = _clipped(gradients, self.settings["clip_norm"])
         # A step with a loss that is not finite is not taken, so that the parameters can still be looked at.

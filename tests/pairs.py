@@ -16,10 +16,10 @@ def empty_params():
     return {"params": {}, "constraints": {}}
 
 
-def untrained(program, data, guide=None, params=None):
+def untrained(program, data, guide=None, params=None, plates=1):
     """A Fit of a program as it is."""
     history = pd.DataFrame({"train": [1.0], "validation": [1.0]}).rename_axis("epoch")
-    settings = {"seed": 0, "best_epoch": 0, "n_train": data.n_cells}
+    settings = {"seed": 0, "best_epoch": 0, "n_train": data.n_cells, "plate_nesting": plates}
     return Fit(program, guide, params or empty_params(), data.schema, history, settings, torch.device("cpu"))
 
 

@@ -249,7 +249,7 @@ def test_impute_summarises_its_draws(vae_fit, data, few):
 
 def test_intervals_of_an_exact_posterior_are_its_quantiles(data, few):
     mean = np.linspace(0.5, 8, 40)
-    fit = pairs.untrained(pairs.GenesPlate(mean), data)
+    fit = pairs.untrained(pairs.GenesPlate(mean), data, plates=2)
     imputed = impute(fit, few, site="w", n_draws=4000, interval=0.9)
     x = few.x.toarray()
     known = stats.gamma(2 + x, scale=1 / (1 + 2 / mean))
@@ -391,7 +391,7 @@ def test_predictive_counts_are_whole_sparse_and_one_matrix_a_draw(rich_fit, rich
 def test_predictive_mean_and_zeros_are_the_analytic_ones(data, few):
     """x' ~ Poisson(w), w ~ Gamma(2 + x, 1 + 2 / m): negative binomial."""
     mean = np.linspace(0.5, 8, 40)
-    fit = pairs.untrained(pairs.GenesPlate(mean), data)
+    fit = pairs.untrained(pairs.GenesPlate(mean), data, plates=2)
     n = 1500
     drawn = np.stack([x.toarray() for x in posterior_predictive(fit, few, n)])
     shape, rate = 2 + few.x.toarray(), 1 + 2 / mean
@@ -442,7 +442,7 @@ def test_a_guide_that_is_off_gives_a_lower_bound_that_tightens(data):
 @pytest.mark.parametrize("transposed", [False, True], ids=["cells x genes", "genes x cells"])
 def test_a_plate_of_genes_beside_that_of_cells(data, transposed, parallel):
     program = pairs.GenesPlate(np.linspace(0.5, 8, 40), transposed=transposed)
-    fit = pairs.untrained(program, data)
+    fit = pairs.untrained(program, data, plates=2)
     few = data[np.arange(9)]
     x = few.x.toarray()
     options = {"parallel": parallel}
@@ -501,7 +501,7 @@ def test_a_site_is_scored_with_its_mask(data):
                 super().guide(cells)
 
     mean = np.linspace(0.5, 8, 40)
-    fit = pairs.untrained(Masked(mean), data)
+    fit = pairs.untrained(Masked(mean), data, plates=2)
     few = data[np.arange(5)]
     expected = stats.nbinom.logpmf(few.x.toarray(), 2, 2 / (2 + mean))[:, :30].sum(1)
     np.testing.assert_allclose(log_likelihood(fit, few, 3).nats, expected, rtol=1e-4)

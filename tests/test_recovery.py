@@ -93,7 +93,7 @@ def test_intervals_of_the_model_itself_have_their_coverage():
     x = rng.poisson(w)
     x[:, 0] += x.sum(1) == 0
     data = pyrosc.from_anndata(anndata.AnnData(x.astype("f4")))
-    fit = pairs.untrained(pairs.GenesPlate(mean), data)
+    fit = pairs.untrained(pairs.GenesPlate(mean), data, plates=2)
     imputed = pyrosc.impute(fit, data, site="w", n_draws=400, interval=0.9)
     inside = ((imputed.lower <= w) & (w <= imputed.upper)).mean()
     # 12000 independent truths have a standard error of .003; 400 draws shorten the interval by about as much.
