@@ -11,11 +11,11 @@ batch normalisation, float32, CPU. The contestants:
     floor   the matmuls of the last layer alone: a (minibatch x 128) matrix through a (128 x genes) head,
             forward and both backward, outputs allocated before; 1 head for NB, 2 for ZINB
 
-The time per step is, for each of the three that train, the seconds of all epochs but the first (which has
-compilation, capture, warm-up) over the steps in them. There are as many such epochs as make 150 steps or
-1e5 cells, whichever is fewer, and one at least. A fit takes as many of the cells as fill whole minibatches,
-so every step is a full one for everyone; those cells / seconds are the cells/s. The floor is the median of 50
-repeats (fewer where they would take more than 3 seconds).
+The time per step is, for each of the three that train, the median over epochs of an epoch's seconds, divided
+by its steps. A turn takes as many epochs as make 360 steps or 3e5 cells, whichever is fewer; those that make
+the first 100 steps (a third of them at most) have compilation and capture, and are left out. A fit takes as
+many of the cells as fill whole minibatches, so every step is a full one for everyone; those cells / seconds
+are the cells/s. The floor is the median of 50 repeats (fewer where they would take more than 3 seconds).
 
 All take the same low-rank gamma-Poisson counts, drawn so that the wanted share of the entries is not zero.
 scvi-tools runs in one process of its own, which waits while others run. In each round of a condition all
@@ -67,7 +67,8 @@ if TYPE_CHECKING:
 
 PEER_SCRIPT = Path(__file__).parent / "peers" / "scvi_speed.py"
 HIDDEN, N_LATENT, DROPOUT = 128, 10, 0.1
-STEPS, CELLS = 150, 100_000  # measured in one turn, whichever is fewer
+STEPS, CELLS = 360, 300_000  # of a turn: whichever takes fewer epochs
+WARM = 100  # steps of these that are not counted
 GRID = {
     "genes": [1000, 2000, 5000, 10000],
     "cells": [10_000, 100_000],
@@ -100,8 +101,13 @@ class Condition:
 
     @property
     def epochs(self) -> int:
-        """The first epoch, which isn't counted, and the others."""
-        return 1 + max(1, min(math.ceil(STEPS / self.steps_per_epoch), round(CELLS / self.n_cells)))
+        """All epochs of a turn."""
+        return max(2, min(math.ceil(STEPS / self.steps_per_epoch), round(CELLS / self.n_cells)))
+
+    @property
+    def warm(self) -> int:
+        """The first epochs, which aren't counted."""
+        return max(1, min(math.ceil(WARM / self.steps_per_epoch), self.epochs // 3))
 
 
 CENTRE = Condition()
@@ -315,7 +321,11 @@ def one_round(
     shown = " ".join(str(value) for value in asdict(condition).values())
     for name, turn in turns.items():
         seconds = turn(i)
-        step = np.median(seconds) if name == "floor" else np.mean(seconds) / condition.steps_per_epoch
+        if name == "floor":
+            step = np.median(seconds)
+        else:
+            seconds = seconds[condition.warm - 1 :]  # the first epoch has been left out already
+            step = np.median(seconds) / condition.steps_per_epoch
         row = asdict(condition) | facts | {"round": i, "contestant": name, "ms_per_step": 1e3 * float(step)}
         if name != "floor":
             row |= {
