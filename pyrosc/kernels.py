@@ -33,7 +33,7 @@ _LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(1024)])
 _LOG1P = np.log1p(np.arange(1024)).astype(np.float32)
 _LARGEST, _LARGEST64 = np.float32(3e38), 1e308
 _STEEPEST = 1e30
-_FAR_OUT = np.float32(1e-35)  # probabilities of a zero below which float32 has too few digits
+_FAR_OUT = np.float32(1e-30)  # probabilities of a zero below which float32 has too few digits
 _SMALLEST_MEAN = float(torch.finfo(torch.float32).tiny)
 _LN2 = math.log(2.0)
 

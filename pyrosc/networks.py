@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, one_hot
+from torch.nn.functional import batch_norm
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
@@ -156,7 +156,11 @@ class Covariates(nn.Module):
     def forward(self, cells: Cells) -> Float[Tensor, "cells covariates"]:
         """Return the rows, (cells, n_out)."""
         codes = torch.cat([cells.batch[:, None], cells.categorical], 1).unbind(1)
-        rows = [one_hot(c, n).to(cells.x) for c, n in zip(codes, self.sizes, strict=False) if n > 1]
+        rows = [
+            (c[:, None] == torch.arange(n, device=c.device)).to(cells.x)
+            for c, n in zip(codes, self.sizes, strict=False)
+            if n > 1
+        ]
         rows += [(cells.continuous - self.mean) / self.sd] * (len(self.mean) > 0)
         return torch.cat(rows, 1) if rows else cells.x.new_empty(len(cells), 0)
 

@@ -1,7 +1,7 @@
 """The negative ELBO of a minibatch as a tensor: the weight on its KL, Pyro's estimators, the KL of each site.
 
-Pyro's estimators read their value off the device in every step. Here the same sums stay there, so that a step
-never waits, and can be recorded.
+Pyro's estimators read their value off the device in every step. Here the same sums stay there, so that a
+step need not wait, and can be recorded (but for TraceEnum_ELBO, which looks at numbers while it sums out).
 """
 
 from typing import Any

@@ -97,7 +97,6 @@ PROGRAMS = {
     "autoguide": (auto, {}),
     "gamma": (lambda data: (pairs.Conjugate(data.share, shift=0.3), None), {}),
     "genes in a plate": (lambda data: (pairs.GenesPlate(data.share * 50), None), {}),
-    "enumerated": (lambda data: (Mixture(data.n_genes), None), {"elbo": TraceEnum_ELBO(max_plate_nesting=1)}),
 }
 
 
@@ -238,6 +237,16 @@ def test_what_can_not_be_recorded_is_run(kind, fit):
     assert pairs.same_bits(run, tried)
 
 
+def test_an_enumerated_site_is_run(fit):
+    """Pyro's TraceEnum_ELBO looks up which probabilities are not zero."""
+    make, settings = lambda data: (Mixture(data.n_genes), None), {"elbo": TraceEnum_ELBO(max_plate_nesting=1)}
+    run, _, _ = fit(make, record=False, **settings)
+    tried, once, said = fit(make, record=True, **settings)
+    assert once == ["run"]
+    assert len(said) == 1
+    assert pairs.same_bits(run, tried)
+
+
 @pytest.mark.parametrize("kind", [Counts, Numpy])
 def test_python_that_acts_differently_from_step_to_step_is_noticed(kind, fit):
     """The recording runs the program two more times than steps are: its own state is what it then is."""
@@ -321,8 +330,10 @@ def test_replays_read_the_parameters_as_they_are_and_update_running_moments(netw
                 tensor.copy_(value)
         with torch.random.fork_rng([]):
             torch.manual_seed(9)
-            outputs = [f(cells, torch.tensor(w)) for cells, w in ((there, 0.3), (here, 0.7))]
-        results.append([*outputs[0], *outputs[1], *(t.detach().clone() for t in state)])
+            (first, slopes), (second, others) = (
+                f(cells, torch.tensor(w)) for cells, w in ((there, 0.3), (here, 0.7))
+            )
+        results.append([first, *slopes, second, *others, *(t.detach().clone() for t in state)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert int(module.norm.num_batches_tracked) == 2
     assert not torch.equal(module.norm.running_mean, start[5])
@@ -343,7 +354,8 @@ def test_random_numbers_go_on_from_replay_to_replay(network):
 def test_results_of_a_replay_are_not_overwritten_by_the_next(network):
     _, _, here, there = network
     _, replay = record(*network)
-    first = replay(here, torch.tensor(1.0))
+    value, slopes = replay(here, torch.tensor(1.0))
+    first = [value, *slopes]
     kept = [t.clone() for t in first]
     replay(there, torch.tensor(0.1))
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
@@ -355,7 +367,7 @@ def test_a_parameter_that_is_not_used_has_no_gradient(network):
     gradients = gradients_of(module.loss, [spare, *module.parameters()])
     replay = recorded(gradients, [spare, *state], here, there, torch.tensor(1.0))
     assert replay is not gradients
-    _, none, *others = replay(here, torch.tensor(1.0))
+    _, (none, *others) = replay(here, torch.tensor(1.0))
     assert none is None
     assert all(isinstance(g, torch.Tensor) for g in others)
 
