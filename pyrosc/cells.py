@@ -56,8 +56,8 @@ class Cells:
 class Resident:
     """Counts on a device, in CSR; minibatches are gathered and made dense there.
 
-    Made by :meth:`Counts.on`; on a CPU the arrays are those of the Counts, not copies. The entries of cell i
-    are ``start[i]`` to ``stop[i]`` of `gene` and `count`.
+    Made by :meth:`Counts.on`; on a CPU the arrays are those of the Counts where types allow. The entries of
+    cell i are ``start[i]`` to ``stop[i]`` of `gene` and `count`.
     """
 
     start: Int[Tensor, "n"]
@@ -108,11 +108,13 @@ class Resident:
             return loops.gather(rows, self.start, self.stop, self.gene, self.count, self.n_genes)
         # As many places for each cell as the longest needs: shapes that do not depend on the data, which a
         # device can fill without being waited for.
+        # What a cell has too many go to a column of their own.
         entry = self.start[rows, None] + torch.arange(self._longest, device=rows.device)
         own = entry < self.stop[rows, None]
         entry = entry.where(own, 0)
-        x = self.count.new_zeros(len(rows), self.n_genes)
-        return x.scatter_add_(1, self.gene[entry].long(), self.count[entry] * own)
+        gene = self.gene[entry].long().where(own, self.n_genes)
+        x = self.count.new_zeros(len(rows), self.n_genes + 1)
+        return x.scatter_(1, gene, self.count[entry])[:, :-1].contiguous()
 
     def minibatches(self, size: int) -> Iterator[Cells]:
         """Yield all rows in their order, `size` at a time."""

@@ -13,7 +13,7 @@ def kernels() -> Any:
     try:
         # numba takes a while to import: not before there are counts to work on.
         from pyrosc import kernels
-    except ImportError as error:
-        _log.warning("numba does not import (%s): slower torch operations take the place of its loops", error)
+    except Exception as error:  # an ImportError, or a RuntimeError where its cache can be written nowhere
+        _log.warning("numba cannot be used (%s): slower torch operations take the place of its loops", error)
         return None
     return kernels

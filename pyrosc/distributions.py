@@ -283,12 +283,15 @@ class _Cell(Independent):
 
     def log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
         base = self.base_dist
-        if self._validate_args:
-            base._validate_sample(value)
         parameters = _parameters(base)
         tensors = [value, *(p for p in parameters or () if p is not None)]
-        if parameters is None or not kernels() or not _suits_kernels(tensors):
-            return super().log_prob(value)
+        # (A value narrower than the event is repeated along it; no loop does that.)
+        whole = value.numel() and value.ndim and base.batch_shape[-1] in (1, value.shape[-1])
+        whole = whole and 0 not in base.batch_shape
+        if parameters is None or not whole or not _suits_kernels(tensors) or not kernels():
+            return base.log_prob(value).sum(tuple(range(-self.reinterpreted_batch_ndims, 0)))
+        if self._validate_args:
+            base._validate_sample(value)
         if not torch.is_grad_enabled():
             parameters = [p if p is None else p.detach() for p in parameters]
         log_prob = _Rows.apply(value, *parameters)

@@ -8,6 +8,7 @@ Rows are shared among torch's threads; the result does not depend on how many th
 import math
 import os
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any, no_type_check
 
 import numba
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _ALONE = 1 << 15  # entries below which waking another thread costs more than it saves
+_LARGEST_FACTOR = 1e18  # of those: their product stays finite
 _EXACT = 16  # counts up to this have their rising factorial multiplied out
 _DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
 _SHARES = 4  # of the rows, for each thread
@@ -240,7 +242,7 @@ def _rising_factorials(n: int, b: Any) -> None:
         b[_PRODUCT + i], b[_SLOPE + i] = product, slope / product
     for i in range(n):
         k, theta = b[_K + i], b[_THETA + i]
-        if 0 < k <= _EXACT and k == math.floor(k):
+        if 0 < k <= _EXACT and k == math.floor(k) and theta < _LARGEST_FACTOR:
             b[_REST + i] = -_LOG_FACTORIAL[int(k)]
             if k > 4:
                 product, slope = b[_PRODUCT + i], b[_SLOPE + i] * b[_PRODUCT + i]
@@ -481,22 +483,20 @@ def _transpose(start: Any, gene: Any, value: Any, by_gene: Any, row_of: Any, val
 
 @_compiled
 @no_type_check
-def _gather(first: int, last: int, rows: Any, start: Any, stop: Any, gene: Any, count: Any, out: Any) -> None:
+def _gather(first: int, last: int, start: Any, stop: Any, gene: Any, count: Any, out: Any) -> None:
     """Fill rows `first` to `last` of `out` with rows of a CSR matrix, made dense."""
     for i in range(first, last):
         out[i] = 0
-        for entry in range(start[rows[i]], stop[rows[i]]):
+        for entry in range(start[i], stop[i]):
             out[i, gene[entry]] = count[entry]
 
 
 @_in_parallel
 @no_type_check
-def _gathers(
-    n_shares: int, n_rows: int, rows: Any, start: Any, stop: Any, gene: Any, count: Any, out: Any
-) -> None:
+def _gathers(n_shares: int, n_rows: int, start: Any, stop: Any, gene: Any, count: Any, out: Any) -> None:
     """Do so for all rows, some at a time on each thread."""
     for i in numba.prange(n_shares):
-        _gather(n_rows * i // n_shares, n_rows * (i + 1) // n_shares, rows, start, stop, gene, count, out)
+        _gather(n_rows * i // n_shares, n_rows * (i + 1) // n_shares, start, stop, gene, count, out)
 
 
 _gathers.alone = _gather
@@ -504,6 +504,7 @@ _gathers.alone = _gather
 
 # From torch, and back.
 
+_LOCK = Lock()
 _forked = False
 
 
@@ -522,7 +523,9 @@ def _shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(n_shares, n_rows, ...) on as many threads as torch has; numba's number is left as it was."""
     n_threads = 1 if _forked or n_entries < _ALONE else torch.get_num_threads()
     n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if n_threads == 1:
+    if n_threads == 1 or not _LOCK.acquire(
+        blocking=False
+    ):  # not every thread layer of numba bears two at once
         run.alone(0, n_rows, *arguments)
         return
     before = numba.get_num_threads()
@@ -531,6 +534,7 @@ def _shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
         run(min(n_rows, _SHARES * n_threads), n_rows, *arguments)
     finally:
         numba.set_num_threads(before)
+        _LOCK.release()
 
 
 def log_density(
@@ -604,14 +608,14 @@ def log1p_linear_slope(d_out: Tensor, x: Tensor, by_gene: Tensor, row_of: Tensor
 def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tensor, n_genes: int) -> Tensor:
     """Rows of a CSR matrix, entries `start` to `stop` of each, as a dense matrix, (rows, genes)."""
     out = count.new_empty(len(rows), n_genes)
-    arrays = (t.numpy() for t in (rows, start, stop, gene, count, out))
+    arrays = (t.numpy() for t in (start[rows], stop[rows], gene, count, out))
     _shared(_gathers, len(rows), out.numel(), *arrays)
     return out
 
 
 # Operators of torch's own, so that a recorded step holds each as one operation that is not looked into.
 # (torch.library.custom_op does the same, and imports torch._dynamo when first called: a second and a half.)
-_LIBRARY = torch.library.Library("pyrosc", "DEF")
+_LIBRARY = torch.library.Library("pyrosc", "FRAGMENT")
 _LIBRARY.define(
     "log_density(Tensor x, Tensor mean, Tensor? theta, Tensor? gate, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)"

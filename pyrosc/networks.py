@@ -71,6 +71,10 @@ class Dropout(nn.Module):
             raise ValueError(msg)
         self.dropped = min(round(probability * 2**16), 2**16 - 1)
 
+    def extra_repr(self) -> str:
+        """Show the probability."""
+        return f"{self.dropped / 2**16:.5g}"
+
     def forward(self, h: Float[Tensor, "*draws cells width"]) -> Float[Tensor, "*draws cells width"]:
         """Drop units, in training."""
         if not self.training or not self.dropped:
@@ -197,19 +201,23 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.covariates = covariates
-        width = hidden[0] if hidden else n_out
+        width = hidden[0] if hidden else 2 * n_out
         self.counts = Log1pLinear(n_genes, width)
         self.shift = nn.Linear(covariates.n_out, width, bias=False) if covariates.n_out else None
+        if self.shift is not None:
+            nn.init.uniform_(
+                self.shift.weight, -1 / n_genes**0.5, 1 / n_genes**0.5
+            )  # as one layer with counts
         first = activation(width, norm=norm, dropout=dropout) if hidden else []
         self.body = nn.Sequential(*first, MLP(width, hidden[1:], norm=norm, dropout=dropout))
-        self.loc = nn.Linear(hidden[-1] if hidden else width, n_out)
-        self.log_scale = nn.Linear(hidden[-1] if hidden else width, n_out)
+        self.moments = nn.Linear(hidden[-1], 2 * n_out) if hidden else nn.Identity()
 
     def forward(self, cells: Cells) -> dist.Normal:
         """Return Normal(loc, scale), each (cells, n_out)."""
         h = self.counts(cells.x)
         h = self.body(h if self.shift is None else h + self.shift(self.covariates(cells)))
-        return dist.Normal(self.loc(h), torch.exp(0.5 * self.log_scale(h).clamp(-15, 15)) + 1e-4)
+        loc, log_variance = self.moments(h).chunk(2, -1)
+        return dist.Normal(loc, torch.exp(0.5 * log_variance.clamp(-15, 15)) + 1e-4)
 
 
 class Decoder(nn.Module):

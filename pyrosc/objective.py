@@ -48,7 +48,8 @@ def weighted_loss(
     Value and gradients are those of ``elbo.differentiable_loss``. An estimator that is none of Pyro's
     Trace_ELBO, TraceMeanField_ELBO and TraceEnum_ELBO is asked itself.
     """
-    scaled = ScaleKL(weight)
+    # TraceEnum_ELBO compares the scales of sites as numbers: a tensor's would be a rounded one.
+    scaled = ScaleKL(float(weight) if isinstance(elbo, TraceEnum_ELBO) else weight)
     estimate = _ESTIMATES.get(type(elbo))
     if estimate is None:
         ask = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss
@@ -64,6 +65,7 @@ def _trace(modelled: poutine.Trace, guided: poutine.Trace) -> Any:
     """Return the ELBO, log p less log q; draws without a gradient of their own have the score function's."""
     value: Any = 0.0
     surrogate: Any = 0.0
+    log_r = None
     for site in _sampled(modelled):
         value = value + site["log_prob_sum"]
     for site in _sampled(guided):
@@ -72,8 +74,9 @@ def _trace(modelled: poutine.Trace, guided: poutine.Trace) -> Any:
         if not is_identically_zero(
             score_function
         ):  # value's gradient has the density's, which is no part of it
-            log_r = _compute_log_r(modelled, guided).sum_to(site["cond_indep_stack"])
-            surrogate = surrogate + (log_r * score_function).sum() + site["log_prob_sum"]
+            log_r = _compute_log_r(modelled, guided) if log_r is None else log_r
+            weights = log_r.sum_to(site["cond_indep_stack"])
+            surrogate = surrogate + (weights * score_function).sum() + site["log_prob_sum"]
             surrogate = surrogate - (0.0 if is_identically_zero(entropy) else entropy.sum())
     return value + surrogate - surrogate.detach() if isinstance(surrogate, Tensor) else value
 

@@ -27,6 +27,11 @@ class Adam:
         self.mean_square = [torch.zeros_like(p, requires_grad=False) for p in parameters]
         self.steps = [torch.zeros((), device=p.device) for p in parameters]
 
+    @property
+    def state(self) -> list[Tensor]:
+        """All that a step changes beside the parameters."""
+        return [*self.mean, *self.mean_square, *self.steps]
+
     def step(self, gradients: Sequence[Tensor | None], rate: Tensor, skip: Tensor) -> None:
         """Take a step.
 
@@ -40,7 +45,12 @@ class Adam:
             1 to leave the parameters as they are, else 0; a scalar on their device.
         """
         with_gradient = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        given = [gradient for gradient in gradients if gradient is not None]
+        # In the layout of the parameter, which a gradient need not have and the kernel counts on.
+        given = [
+            g if g.stride() == p.stride() else torch.empty_like(p, requires_grad=False).copy_(g)
+            for p, g in zip(self.parameters, gradients, strict=True)
+            if g is not None
+        ]
         parameters, mean, mean_square, steps = (
             [tensors[i] for i in with_gradient]
             for tensors in (self.parameters, self.mean, self.mean_square, self.steps)

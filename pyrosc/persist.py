@@ -103,7 +103,8 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     with isolated(on, record["settings"]["seed"], params):
         # A run on a stand-in for the data makes the parameters that exist only once a program has run.
         cells = _stand_in(schema).on(on).cells(torch.zeros(1, dtype=torch.int64, device=on))
-        check_programs(*pair(program, separate_guide), replace(cells, n_total=record["settings"]["n_train"]))
+        cells = replace(cells, n_total=record["settings"]["n_train"])
+        record["settings"]["plate_nesting"] = check_programs(*pair(program, separate_guide), cells)
         own_parameters(modules_of(program, separate_guide))
     fit = Fit(
         program,

@@ -7,12 +7,14 @@ on other cells before it is trusted.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from pyrosc.cells import Cells
 from pyrosc.random import seeded
@@ -72,8 +74,9 @@ def recorded(
 
     kept = [tensor.detach().clone() for tensor in state]
     try:
-        with seeded(device, 0):
+        with seeded(device, 0), _NoReading():
             graph = make_fx(flat)(*flattened(cells, weight))
+        _check_shapes(graph)
         _simplify(graph)
 
         def replay(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -106,9 +109,37 @@ def _restore(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-7, equal_nan=True)
+    """Say whether two are equal but for rounding, by the scale of their largest numbers."""
+    if a is None or b is None or torch.equal(a, b):
+        return a is b or (a is not None and b is not None)
+    a, b = a.double(), b.double()
+    scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-6, atol=1e-6 * scale, equal_nan=True)
+
+
+class _NoReading(TorchFunctionMode):
+    """Refuses to hand out numbers: what a program does with them no recording sees."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in ("numpy", "tolist", "__array__"):
+            msg = f"a program reads the numbers in a tensor, by {name}()"
+            raise RuntimeError(msg)
+        return function(*args, **(kwargs or {}))
+
+
+def _check_shapes(graph: fx.GraphModule) -> None:
+    """Raise if the shape of a result depends on numbers, which may differ in other cells."""
+    aten = torch.ops.aten
+    for node in graph.graph.nodes:
+        if node.target in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            indices = [index for index in node.args[1] if index is not None]
+            depends = any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
+        else:
+            depends = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+        if depends:
+            msg = f"the shape of a result depends on the data, in {node.target}"
+            raise RuntimeError(msg)
 
 
 def _simplify(graph: fx.GraphModule) -> None:
@@ -149,23 +180,55 @@ class CudaGraph:
     step
         From rows to the loss; it gathers the cells, runs the programs and updates the parameters, all on the
         device and without waiting for it. It has run before, so that its libraries are warm.
-    rows
-        Rows of a minibatch: all will have their number.
+    state
+        Tensors that it reads or changes in place, the optimiser's too; afterwards they are as before.
+    rows, other
+        Rows of two minibatches of one size: one to capture, one to compare the graph with the programs on.
 
     Raises
     ------
     RuntimeError
-        If the step waits for the device, or does anything else that a graph can't hold.
+        If the step waits for the device, does anything else that a graph can't hold, or a replay differs.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor], rows: Tensor) -> None:
-        self.rows = rows.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = step(self.rows)
+    def __init__(
+        self, step: Callable[[Tensor], Tensor], state: Sequence[Tensor], rows: Tensor, other: Tensor
+    ) -> None:
+        self.rows, device = rows.clone(), rows.device
+        kept = [tensor.detach().clone() for tensor in state]
+        try:
+            with seeded(device, 0), _not_waiting():  # a capture that fails half-way would not end well
+                step(self.rows)
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=stream):
+                self.loss = step(self.rows)
+            runs = []
+            for run in (step, self):
+                _restore(state, kept)
+                with seeded(device, 1):
+                    loss = run(other).clone()
+                runs.append([loss, *(tensor.detach().clone() for tensor in state)])
+            if not all(_alike(a, b) for a, b in zip(*runs, strict=True)):
+                msg = "a replay on other cells differs: a program does what no tensor operation shows"
+                raise RuntimeError(msg)
+        finally:
+            _restore(state, kept)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Take the step; return the loss before it."""
         self.rows.copy_(rows)
         self.graph.replay()
         return self.loss.clone()
+
+
+@contextmanager
+def _not_waiting() -> Iterator[None]:
+    """Raise where the host waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -29,11 +29,16 @@ class Log1pLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_genes, n_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
 
+    def extra_repr(self) -> str:
+        """Show the widths."""
+        return "{}, {}".format(*self.weight.shape)
+
     def forward(self, x: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells out"]:
         """Return the map of each cell's counts."""
-        tensors = (x, self.weight)
-        if all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and kernels():
-            return _Log1pLinear.apply(x, self.weight) + self.bias
+        suited = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, self.weight))
+        with_gradient = torch.is_grad_enabled()
+        if suited and not (x.requires_grad and with_gradient) and kernels():
+            return _Log1pLinear.apply(x, self.weight if with_gradient else self.weight.detach()) + self.bias
         return torch.addmm(self.bias, torch.log1p(x), self.weight)
 
 

@@ -146,17 +146,17 @@ class _Stepper:
 
     def _record(self, rows: Tensor) -> None:
         """Replay this step from now on, if it can be recorded."""
+        n = len(self.problem.train)
+        other = (rows + (len(rows) % n or 1)) % n
         if rows.device.type == "cuda":
+            state = [*self.state, *self.optimiser.state]
             try:
-                self.graph = CudaGraph(self._step, rows)
+                self.graph = CudaGraph(self._step, state, rows, other)
             except RuntimeError as error:
                 _log.info("steps are run, not replayed: %s", str(error).partition("\n")[0])
         elif rows.device.type == "cpu":
-            cells, other = (
-                self.problem.train.cells(some)
-                for some in (rows, (rows + len(rows)) % len(self.problem.train))
-            )
-            self.gradients = recorded(self.gradients, self.state, cells, other, self.weight_there)
+            cells, others = self.problem.train.cells(rows), self.problem.train.cells(other)
+            self.gradients = recorded(self.gradients, self.state, cells, others, self.weight_there)
 
 
 def _clipped(gradients: list[Tensor | None], norm: float) -> list[Tensor | None]:
@@ -187,8 +187,13 @@ def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
 
 def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
     """Yield a random order of all rows as minibatches of one size: the last is filled up from the first."""
-    order = torch.randperm(n, device=device)
     size, steps = settings["minibatch_size"], settings["steps_per_epoch"]
+    if (
+        size == n
+    ):  # Pyro subsamples parameters of each cell only where the minibatch is not all: keep the order
+        yield torch.arange(n, device=device)
+        return
+    order = torch.randperm(n, device=device)
     yield from torch.cat([order, order[: steps * size - n]]).split(size)
 
 
