@@ -556,3 +556,13 @@ def test_a_single_cell_is_asked_like_others(vae_fit, rich_fit, data, rich):
         np.testing.assert_allclose(latent(fit, one)[0], latent(fit, d)[7], rtol=1e-4, atol=1e-5)
         assert impute(fit, one).mean.shape == (1, 40)
         assert log_likelihood(fit, one).nats.shape == (1,)
+
+
+@pytest.mark.parametrize("n_draws", [1, 2, 3, 25, 200])
+def test_the_moments_and_quantiles_over_draws_are_torchs(n_draws):
+    values = torch.rand(n_draws, 7, 11, generator=torch.Generator().manual_seed(n_draws))
+    torch.testing.assert_close(posterior._sd(values, values.mean(0)), values.std(0, correction=0))
+    for share in (0.0005, 0.05, 0.25, 0.45):
+        low, high = posterior._low_quantile(values, share), -posterior._low_quantile(-values, share)
+        torch.testing.assert_close(low, values.quantile(share, 0))
+        torch.testing.assert_close(high, values.quantile(1 - share, 0))
