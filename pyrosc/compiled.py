@@ -14,6 +14,10 @@ def kernels() -> Any:
         # numba takes a while to import: not before there are counts to work on.
         from pyrosc import kernels
     except Exception as error:  # an ImportError, or a RuntimeError where its cache can be written nowhere
-        _log.warning("numba cannot be used (%s): slower torch operations take the place of its loops", error)
+        _log.warning(
+            "numba cannot be used (%s): slower torch operations take the place of its loops. If its cache "
+            "is the cause, set NUMBA_CACHE_DIR to a folder that can be written",
+            error,
+        )
         return None
     return kernels

@@ -95,10 +95,14 @@ def recorded(
             msg = "a replay on other cells differs: a program does what no tensor operation shows"
             raise RuntimeError(msg)
     except Exception as error:  # (whatever a program does that can't be recorded)
-        _log.info("steps are run, not replayed: %s", str(error).partition("\n")[0] or type(error).__name__)
+        why = str(error).partition("\n")[0] or type(error).__name__
+        if "get value out of a tracing tensor" in why:
+            why = "a program reads the numbers in a tensor, by item(), float(), bool() or if"
+        _log.info("steps are run, not replayed: %s", why)
         return gradients
     finally:
         _restore(state, kept)
+    _log.info("steps are replayed from here on")
     return replay
 
 

@@ -146,6 +146,9 @@ class _Stepper:
 
     def _record(self, rows: Tensor) -> None:
         """Replay this step from now on, if it can be recorded."""
+        if self._counting(rows):
+            _log.info("steps are run, not replayed: a program changes numbers of its own from step to step")
+            return
         n = len(self.problem.train)
         other = (rows + (len(rows) % n or 1)) % n
         if rows.device.type == "cuda":
@@ -157,6 +160,25 @@ class _Stepper:
         elif rows.device.type == "cpu":
             cells, others = self.problem.train.cells(rows), self.problem.train.cells(other)
             self.gradients = recorded(self.gradients, self.state, cells, others, self.weight_there)
+
+    def _counting(self, rows: Tensor) -> bool:
+        """Say whether a run changes plain numbers that the programs keep, such as a count of their calls."""
+        owners = [
+            getattr(program, "__self__", program) for program in (self.problem.model, self.problem.guide)
+        ]
+        parts = [*owners, *(part for module in self.problem.modules for part in module.modules())]
+
+        def numbers() -> list[Any]:
+            kept = [item for part in parts for item in getattr(part, "__dict__", {}).items()]
+            return [(name, value) for name, value in kept if isinstance(value, int | float)]
+
+        before = numbers()
+        with torch.no_grad(), seeded(rows.device, 0):
+            state = [tensor.detach().clone() for tensor in self.state]
+            traces(self.problem.model, self.problem.guide, self.problem.train.cells(rows))
+            for tensor, value in zip(self.state, state, strict=True):
+                tensor.copy_(value)
+        return numbers() != before
 
 
 def _clipped(gradients: list[Tensor | None], norm: float) -> list[Tensor | None]:

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 
@@ -37,3 +40,21 @@ def test_the_state_comes_back_after_an_exception(untouched):
 
     with untouched(), pytest.raises(ZeroDivisionError):
         interrupted()
+
+
+def test_threads_wait_for_their_turn():
+    """Random numbers are the process's: without turns one thread would draw from the other's seed."""
+
+    def draw(seed, drawn):
+        for _ in range(50):
+            with seeded(torch.device("cpu"), seed):
+                time.sleep(0.0005)
+                drawn.append(float(torch.rand(())))
+
+    both = [[], []]
+    threads = [threading.Thread(target=draw, args=(seed, drawn)) for seed, drawn in enumerate(both)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(set(drawn)) == 1 for drawn in both)
