@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 _ALONE = 1 << 15  # entries below which waking another thread costs more than it saves
-_LARGEST_FACTOR = 1e18  # of those: their product stays finite
 _EXACT = 16  # counts up to this have their rising factorial multiplied out
+_LARGEST_FACTOR = 1e18  # of those: their product stays finite
 _DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
 _SHARES = 4  # of the rows, for each thread
 _WIDE = 512  # entries summed in float32 before the sum goes on in float64
@@ -279,7 +279,6 @@ def _log_density(
     place = np.empty(_WIDE + 1, np.int32)
     b = np.empty(7 * _WIDE)
     for row in range(first, last):
-        log_p[row] = 0
         total = 0.0
         for start in range(0, n_genes, _WIDE):
             stop = min(n_genes, start + _WIDE)
@@ -513,19 +512,17 @@ def _note_fork() -> None:
     _forked = True
 
 
+# In a forked child GNU's OpenMP ends the process that asks for threads.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        after_in_child=_note_fork
-    )  # there GNU's OpenMP ends the process that asks for threads
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(n_shares, n_rows, ...) on as many threads as torch has; numba's number is left as it was."""
     n_threads = 1 if _forked or n_entries < _ALONE else torch.get_num_threads()
     n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if n_threads == 1 or not _LOCK.acquire(
-        blocking=False
-    ):  # not every thread layer of numba bears two at once
+    # Not every thread layer of numba bears two callers at once: the second works alone.
+    if n_threads == 1 or not _LOCK.acquire(blocking=False):
         run.alone(0, n_rows, *arguments)
         return
     before = numba.get_num_threads()

@@ -204,10 +204,8 @@ class Encoder(nn.Module):
         width = hidden[0] if hidden else 2 * n_out
         self.counts = Log1pLinear(n_genes, width)
         self.shift = nn.Linear(covariates.n_out, width, bias=False) if covariates.n_out else None
-        if self.shift is not None:
-            nn.init.uniform_(
-                self.shift.weight, -1 / n_genes**0.5, 1 / n_genes**0.5
-            )  # as one layer with counts
+        if self.shift is not None:  # starts as if it were one layer with that of the counts
+            nn.init.uniform_(self.shift.weight, -1 / n_genes**0.5, 1 / n_genes**0.5)
         first = activation(width, norm=norm, dropout=dropout) if hidden else []
         self.body = nn.Sequential(*first, MLP(width, hidden[1:], norm=norm, dropout=dropout))
         self.moments = nn.Linear(hidden[-1], 2 * n_out) if hidden else nn.Identity()

@@ -86,7 +86,7 @@ def recorded(
 
         runs = []
         for run in (gradients, replay):
-            _restore(state, kept)
+            restore(state, kept)
             with seeded(device, 1):
                 value, slopes = run(other, weight / 2)
             changed = [tensor.detach().clone() for tensor in state]
@@ -101,12 +101,13 @@ def recorded(
         _log.info("steps are run, not replayed: %s", why)
         return gradients
     finally:
-        _restore(state, kept)
+        restore(state, kept)
     _log.info("steps are replayed from here on")
     return replay
 
 
-def _restore(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+def restore(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """Give tensors, in place, the values that were kept of them."""
     with torch.no_grad():
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
@@ -210,7 +211,7 @@ class CudaGraph:
                 self.loss = step(self.rows)
             runs = []
             for run in (step, self):
-                _restore(state, kept)
+                restore(state, kept)
                 with seeded(device, 1):
                     loss = run(other).clone()
                 runs.append([loss, *(tensor.detach().clone() for tensor in state)])
@@ -218,7 +219,7 @@ class CudaGraph:
                 msg = "a replay on other cells differs: a program does what no tensor operation shows"
                 raise RuntimeError(msg)
         finally:
-            _restore(state, kept)
+            restore(state, kept)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Take the step; return the loss before it."""

@@ -27,7 +27,7 @@ from pyrosc.programs import (
     traces,
 )
 from pyrosc.random import seeded
-from pyrosc.recording import CudaGraph, gradients_of, recorded
+from pyrosc.recording import CudaGraph, gradients_of, recorded, restore
 
 RECORD_AFTER, RECORD_FOR = 30, 300
 """Steps that are run before one is recorded, and steps to come for which that is worth its time."""
@@ -96,8 +96,7 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
         if not all(torch.isfinite(v).all() for v, t in zip(kept, state, strict=True) if t.requires_grad):
             msg = "the parameters are no longer finite: try a lower learning_rate or clip_norm=1.0"
             raise FloatingPointError(msg)
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
+    restore(state, kept)
     return pd.DataFrame(rows).rename_axis("epoch"), best
 
 
@@ -176,8 +175,7 @@ class _Stepper:
         with torch.no_grad(), seeded(rows.device, 0):
             state = [tensor.detach().clone() for tensor in self.state]
             traces(self.problem.model, self.problem.guide, self.problem.train.cells(rows))
-            for tensor, value in zip(self.state, state, strict=True):
-                tensor.copy_(value)
+        restore(self.state, state)
         return numbers() != before
 
 
@@ -210,9 +208,8 @@ def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
 def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
     """Yield a random order of all rows as minibatches of one size: the last is filled up from the first."""
     size, steps = settings["minibatch_size"], settings["steps_per_epoch"]
-    if (
-        size == n
-    ):  # Pyro subsamples parameters of each cell only where the minibatch is not all: keep the order
+    # Pyro subsamples parameters of each cell only where the minibatch is not all cells: keep their order.
+    if size == n:
         yield torch.arange(n, device=device)
         return
     order = torch.randperm(n, device=device)
