@@ -5,9 +5,11 @@ counts or from a fit. Fold changes are log2, probabilities posterior; false disc
 rows together.
 """
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any
 
@@ -15,7 +17,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from pyrosc.counts import Counts
@@ -38,27 +40,46 @@ class Draws:
 
     lfc: Float[ndarray, "draws genes"]
 
+    @cached_property
+    def _sorted(self) -> Float[ndarray, "genes draws"]:
+        by_gene = self.lfc.T.copy(order="C")
+        n_threads = torch.get_num_threads()
+        with ThreadPoolExecutor(
+            n_threads
+        ) as pool:  # numpy sorts on one thread, and ten times as fast as torch
+            list(pool.map(lambda some: some.sort(1), np.array_split(by_gene, n_threads)))
+        return by_gene
+
     @property
     def mean(self) -> Float[ndarray, "genes"]:
         """Mean over the draws."""
-        return self.lfc.mean(0, dtype=np.float64)
+        return torch.from_numpy(self._sorted).mean(1).double().numpy()
 
     @property
     def sd(self) -> Float[ndarray, "genes"]:
         """Standard deviation over the draws."""
-        return self.lfc.std(0, dtype=np.float64)
+        some = torch.from_numpy(self._sorted).split(64)
+        norms = [torch.linalg.vector_norm(t - t.mean(1, keepdim=True), dim=1) for t in some]
+        return torch.cat(norms).double().numpy() / math.sqrt(len(self.lfc))
 
     def above(self, t: Number) -> Float[ndarray, "genes"]:
         """Share of the draws above t."""
-        return (self.lfc > t).mean(0)
+        return (len(self.lfc) - self._n_up_to(t, side="right")) / len(self.lfc)
 
     def below(self, t: Number) -> Float[ndarray, "genes"]:
         """Share of the draws below t."""
-        return (self.lfc < t).mean(0)
+        return self._n_up_to(t, side="left") / len(self.lfc)
+
+    def _n_up_to(self, t: Number, side: str) -> Int[ndarray, "genes"]:
+        draws = torch.from_numpy(self._sorted)
+        level = torch.full((len(draws), 1), t, dtype=draws.dtype)
+        return torch.searchsorted(draws, level, side=side)[:, 0].numpy()
 
     def quantile(self, q: float) -> Float[ndarray, "genes"]:
         """Quantile of the draws, linearly interpolated."""
-        return np.quantile(self.lfc, q, axis=0).astype(np.float64)
+        place = q * (len(self.lfc) - 1)
+        low, high = (self._sorted[:, i].astype(np.float64) for i in (math.floor(place), math.ceil(place)))
+        return low + (high - low) * (place % 1)
 
 
 def compare(
@@ -303,6 +324,7 @@ def differential_expression(
     batches = fit.schema.batches
     strata = (np.zeros_like(data.batch), 1) if batch is None else (data.batch, len(batches))
     arms = sums(data.x, codes, len(names), *strata)
+    eps = 0.01 / float(np.median(data.library))
     tables = []
     for a, b in _pairs(codes, names, group, reference):
         arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
@@ -311,7 +333,9 @@ def differential_expression(
             theirs = (codes >= 0) & (codes != a) if b < 0 else codes == b
             rows = np.flatnonzero(codes == a), np.flatnonzero(theirs)
             seeds = [seed, a, b + 1]
-            lfc, shares = _cells(fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds)
+            lfc, shares = _cells(
+                fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds, eps=eps
+            )
         else:
             arm, other = _comparable(arm, other, batch, batches, names[a])
             lfc, shares = shrink(likelihood(arm, other)), [v.x.sum(0) / v.l.sum() for v in (arm, other)]
@@ -436,6 +460,7 @@ def _cells(
     *,
     parallel: bool,
     seed: list[int],
+    eps: float,
 ) -> tuple[Float[ndarray, "draws genes"], list[ndarray]]:
     """Decode pairs of random cells; return their log2 fold changes and the mean share of either side."""
     rng = np.random.default_rng(seed)
@@ -443,8 +468,8 @@ def _cells(
     known = fit.schema.batches
     there: list[str | None] = [batch] if batch != "average" else [*known] if len(known) > 1 else [None]
     where = rng.integers(len(there), size=n_draws)
-    eps = 0.01 / np.median(data.library)
-    lfc, total = [], [np.zeros(data.n_genes) for _ in rows]
+    lfc, done = torch.empty(data.n_genes, n_draws), 0
+    total = [torch.zeros(data.n_genes, dtype=torch.float64, device=fit.device) for _ in rows]
     for i, name in enumerate(there):
         seeds = [int(s) for s in rng.integers(2**31, size=2)]
         if not (where == i).any():
@@ -455,7 +480,9 @@ def _cells(
         ]
         for pair in zip(*streams, strict=True):
             rho = [drawn[site][0] for drawn in pair]
-            lfc.append((torch.log2(rho[0] + eps) - torch.log2(rho[1] + eps)).cpu().numpy())
+            for a, b in zip(*(r.split(64) for r in rho), strict=True):  # (turned piece by piece: faster)
+                lfc[:, done : done + len(a)] = ((a + eps) / (b + eps)).log2_().T
+                done += len(a)
             for sum_, r in zip(total, rho, strict=True):
-                sum_ += r.sum(0, dtype=torch.float64).cpu().numpy()
-    return np.concatenate(lfc), [sum_ / n_draws for sum_ in total]
+                sum_ += r.sum(0)
+    return lfc.numpy().T, [(sum_ / n_draws).cpu().numpy() for sum_ in total]

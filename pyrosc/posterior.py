@@ -363,15 +363,13 @@ def _stream(
             _check_guided(guided[0], modelled[0][0])
             if library and i == 0 and "l" in modelled[0][0].nodes:
                 sites = (*sites, "l")
-            drawn = {
-                name: torch.stack(
-                    [
-                        torch.cat([_value(p[b], q, name) for p, q in zip(modelled, guided, strict=True)])
-                        for b in range(len(codes))
-                    ]
-                )
-                for name in sites
-            }
+            drawn = {}
+            for name in sites:
+                runs = [[_value(m, q, name) for m in p] for p, q in zip(modelled, guided, strict=True)]
+                by_batch = [
+                    part[0] if len(part) == 1 else torch.cat(part) for part in zip(*runs, strict=True)
+                ]
+                drawn[name] = by_batch[0][None] if len(codes) == 1 else torch.stack(by_batch)
         # The consumer runs outside of the fit's context: two fits may be asked in turns.
         yield cells, drawn
 

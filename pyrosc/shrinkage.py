@@ -1,14 +1,18 @@
 """Log2 fold changes between mean counts: their likelihood, a prior learned across genes, the posterior.
 
 It knows sums of counts over cells, not models. Each of the three is a curve over :data:`LFC`, a grid.
+Curves of all genes are worked on in torch: numpy's threads and torch's, taking turns, wait for each other.
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
@@ -16,7 +20,13 @@ LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 _STEP = LFC[1] - LFC[0]
 _CENTRES = np.r_[np.zeros(7), np.arange(-4, 0, 0.5), np.arange(0.5, 4.5, 0.5)]
 _SDS = np.r_[0.05 * 2.0 ** np.arange(7), np.full(16, 0.35)]
-_MODES = np.arange(-40, 41) * _STEP
+_MODES = 40  # the prior's mode is one of so many points to either side of 0
+_WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
+# Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
+_LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
+_DENSITY = torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=_LEAST).exp()
+_CELLS = 4096  # summed at a time, so that little is copied
+_BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class Arm:
 
 
 def sums(x: sp.csr_array, codes: ndarray, n_groups: int, batch: ndarray, n_batches: int) -> list[Arm]:
-    """Sum over the cells of each group and batch, in one pass over the counts; nothing dense is made of them.
+    """Sum over the cells of each group and batch, some cells at a time; nothing dense is made of them.
 
     Parameters
     ----------
@@ -71,13 +81,25 @@ def sums(x: sp.csr_array, codes: ndarray, n_groups: int, batch: ndarray, n_batch
     list of Arm
         One for each group.
     """
-    rows = np.flatnonzero(codes >= 0)
-    stratum = codes[rows] * n_batches + batch[rows]
-    member = sp.csr_array((np.ones(len(rows)), (stratum, rows)), shape=(n_groups * n_batches, x.shape[0]))
+    stratum = np.where(codes < 0, -1, codes * n_batches + batch)
+    of: dict[str, ndarray] = {}
+    for start in range(0, max(1, x.shape[0]), _CELLS):
+        some = slice(start, start + _CELLS)
+        for name, value in _sums(x[some], stratum[some], n_groups * n_batches).items():
+            of[name] = of[name] + value if name in of else value
+    by_group = {name: value.reshape(n_groups, n_batches, *value.shape[1:]) for name, value in of.items()}
+    return [Arm(**{name: value[i] for name, value in by_group.items()}) for i in range(n_groups)]
+
+
+def _sums(x: sp.csr_array, stratum: ndarray, n_strata: int) -> dict[str, ndarray]:
+    """Return the sums over the cells of each stratum, those of -1 left out."""
+    rows = np.flatnonzero(stratum >= 0)
+    places = stratum[rows].astype(np.int32), rows.astype(np.int32)  # as x.indices, which is then not copied
+    member = sp.csr_array((np.ones(len(rows)), places), shape=(n_strata, x.shape[0]))
     x = x.astype(np.float64)
     l = np.asarray(x.sum(axis=1)).ravel()
     seen = sp.csr_array((np.ones(x.nnz), x.indices, x.indptr), shape=x.shape)
-    of = {
+    return {
         "cells": member @ np.ones(len(l)),
         "expressing": (member @ seen).toarray(),
         "l": member @ l,
@@ -86,8 +108,6 @@ def sums(x: sp.csr_array, codes: ndarray, n_groups: int, batch: ndarray, n_batch
         "xx": (member @ x.power(2)).toarray(),
         "xl": ((member * l) @ x).toarray(),
     }
-    by_group = {name: value.reshape(n_groups, n_batches, *value.shape[1:]) for name, value in of.items()}
-    return [Arm(**{name: value[i] for name, value in by_group.items()}) for i in range(n_groups)]
 
 
 def dispersion(arm: Arm) -> Float[ndarray, "genes"]:
@@ -157,13 +177,17 @@ def likelihood(a: Arm, b: Arm) -> Float[ndarray, "genes points"]:
     p = odds / np.maximum(odds + b.l[:, None], 1e-300)
     pq = p * (1 - p)
     x = a.x + b.x
-    information = x.T @ pq
-    variance = information + (x**2 * (extra[0] + extra[1])).T @ pq**2
-    score = a.x.T @ (1 - p) - b.x.T @ p
-    slope = np.log(2) * score * information / np.maximum(variance, 1e-300)
-    rise = (slope[:, 1:] + slope[:, :-1]) * (_STEP / 2)
-    log = np.concatenate([np.zeros((len(slope), 1)), rise.cumsum(1)], 1)
-    return np.exp(log - log.max(1, keepdims=True))
+    of_gene = (v.T for v in (x, x**2 * (extra[0] + extra[1]), a.x.sum(0, keepdims=True)))
+    blocks = zip(*(torch.from_numpy(v).split(_BLOCK) for v in of_gene), strict=True)
+    p, pq, pq2 = (torch.from_numpy(v) for v in (p, pq, pq**2))
+    curves = torch.zeros(x.shape[1], len(LFC), dtype=torch.float64)
+    for (x_g, spread, x_a), log in zip(blocks, curves.split(_BLOCK), strict=True):
+        information = x_g @ pq
+        variance = (spread @ pq2).add_(information).clamp_(min=1e-300)
+        slope = (x_a - x_g @ p).mul_(information).div_(variance)
+        torch.cumsum(slope[:, 1:].add(slope[:, :-1]), 1, out=log[:, 1:])
+        log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2).clamp_(min=_LEAST).exp_()
+    return curves.numpy()
 
 
 @dataclass(frozen=True)
@@ -184,28 +208,35 @@ class Posterior:
     @property
     def mean(self) -> Float[ndarray, "genes"]:
         """Posterior mean, log2 fold change."""
-        return self.mass @ LFC
+        return self._expected(LFC)
 
     @property
     def sd(self) -> Float[ndarray, "genes"]:
         """Posterior standard deviation, log2 fold change; the grid's own width is part of it."""
-        return np.sqrt(np.maximum(0, self.mass @ LFC**2 - self.mean**2) + _STEP**2 / 12)
+        return np.sqrt(np.maximum(0, self._expected(LFC**2) - self.mean**2) + _STEP**2 / 12)
 
     def above(self, t: float) -> Float[ndarray, "genes"]:
         """P(lfc > t)."""
-        return self.mass @ _share_above(t)
+        return self._expected(_share_above(t))
 
     def below(self, t: float) -> Float[ndarray, "genes"]:
         """P(lfc < t)."""
-        return self.mass @ (1 - _share_above(t))
+        return self._expected(1 - _share_above(t))
 
     def quantile(self, q: float) -> Float[ndarray, "genes"]:
         """Return the log2 fold change with probability q below it."""
-        cdf = self.mass.cumsum(1)
-        i = np.minimum((cdf < q).sum(1), len(LFC) - 1)
-        gene = np.arange(len(cdf))
-        short = cdf[gene, i] - q
+        level = torch.full((len(self.mass), 1), q, dtype=torch.float64)
+        i = torch.searchsorted(torch.from_numpy(self._cdf), level)[:, 0].clamp(max=len(LFC) - 1).numpy()
+        gene = np.arange(len(i))
+        short = self._cdf[gene, i] - q
         return LFC[i] + _STEP * (0.5 - short / np.maximum(self.mass[gene, i], 1e-300))
+
+    def _expected(self, f: Float[ndarray, "points"]) -> Float[ndarray, "genes"]:
+        return (torch.from_numpy(self.mass) @ torch.from_numpy(f)).numpy()
+
+    @cached_property
+    def _cdf(self) -> Float[ndarray, "genes points"]:
+        return torch.from_numpy(self.mass).cumsum(1).numpy()
 
     def prior_de(self, delta: float) -> float:
         """P(|lfc| > delta) before the gene's own counts."""
@@ -235,37 +266,64 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
     ----------
     Stephens, False discovery rates: a new deal, 2017.
     """
-    mode, weights = 0.0, np.full(len(_SDS), 1 / len(_SDS))
+    curves = torch.from_numpy(likelihood)
+    mode, weights = 0, torch.full((len(_SDS),), 1 / len(_SDS), dtype=torch.float64)
     for _ in range(n_rounds):
         before = mode
-        weights = _weights(likelihood @ _components(mode).T, weights)
-        fits = np.log(likelihood @ np.stack([weights @ _components(m) for m in _MODES], 1)).sum(0)
-        mode = float(_MODES[np.argmax(fits - 0.5 * (_MODES / 0.05) ** 2)])
+        weights = _weights(curves @ _components(mode).T, weights)
+        coarse = _best(curves, weights, range(-_MODES, _MODES + 1, 4))
+        mode = _best(curves, weights, range(max(coarse - 3, -_MODES), min(coarse + 3, _MODES) + 1))
         if mode == before:
             break
     prior = weights @ _components(mode)
-    mass = likelihood * prior
-    return Posterior(mass / mass.sum(1, keepdims=True), prior)
+    mass = curves * prior
+    mass /= mass.sum(1, keepdim=True)
+    return Posterior(mass.numpy(), prior.numpy())
 
 
-def _components(mode: float) -> Float[ndarray, "components points"]:
-    """Return the prior's components, each of mass 1 on the grid."""
-    density = np.exp(-0.5 * ((LFC - mode - _CENTRES[:, None]) / _SDS[:, None]) ** 2)
-    return density / density.sum(1, keepdims=True)
+@cache
+def _components(mode: int) -> Float[Tensor, "components points"]:
+    """Return the components of the prior with its mode `mode` steps above 0, each of mass 1 on the grid."""
+    density = _DENSITY[:, _MODES - mode :][:, : len(LFC)]
+    return density / density.sum(1, keepdim=True)
+
+
+def _best(curves: Float[Tensor, "genes points"], weights: Float[Tensor, "components"], modes: range) -> int:
+    """Return the mode, in steps above 0, of highest posterior density."""
+    priors = torch.stack([weights @ _components(mode) for mode in modes], 1)
+    fits = (curves @ priors).log_().sum(0) - 0.5 * (torch.tensor(modes) * _STEP / 0.05) ** 2
+    return modes[int(fits.argmax())]
 
 
 def _weights(
-    evidence: Float[ndarray, "genes components"], weights: Float[ndarray, "components"], n_steps: int = 500
-) -> Float[ndarray, "components"]:
-    """Return the components' weights of highest likelihood, by EM from the given ones."""
-    evidence = evidence / evidence.max(1, keepdims=True)
+    evidence: Float[Tensor, "genes components"], weights: Float[Tensor, "components"], n_steps: int = 100
+) -> Float[Tensor, "components"]:
+    r"""Return the components' weights w of highest posterior density, by Newton's method from the given ones.
+
+    With K components and evidence E the density's log is sum_i log (E w)_i + sum_k log(w_k) / K. Less
+    (genes + 1) sum_k w_k it is concave, and has its maximum where the weights sum to 1.
+    """
+    evidence = evidence / evidence.amax(1, keepdim=True)
+    n_genes, n_components = evidence.shape
+
+    def height(w: Tensor) -> float:
+        return float((evidence @ w).log_().sum() + w.log().sum() / n_components - (n_genes + 1) * w.sum())
+
+    now = height(weights)
     for _ in range(n_steps):
-        before = weights
-        weights = weights * (evidence / (evidence @ weights)[:, None]).sum(0) + 1 / len(weights)
-        weights = weights / weights.sum()
-        if np.abs(weights - before).max() < 1e-6:
+        responsible = evidence / (evidence @ weights)[:, None]
+        slope = responsible.sum(0) + 1 / (n_components * weights) - (n_genes + 1)
+        curvature = responsible.T @ responsible + torch.diag(1 / (n_components * weights**2))
+        step = torch.linalg.solve(curvature, slope)
+        gain = float(slope @ step)  # twice what a quadratic function would gain
+        if gain < 1e-6:  # nats
             break
-    return weights
+        # Weights stay above 0.
+        share = 1 / max(1.0, float((-step / weights).max()) / 0.99)
+        while (then := height(weights + share * step)) < now + 0.1 * share * gain and share > 1e-10:
+            share /= 2
+        weights, now = weights + share * step, then
+    return weights / weights.sum()
 
 
 def _share_above(t: float) -> Float[ndarray, "points"]:

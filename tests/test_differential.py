@@ -31,6 +31,20 @@ def draws_with(up, down=None, n=1000):
     return np.where(place < up, 1.0, np.where(place > 1 - down, -1.0, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_draws_are_summarised_as_numpy_does(dtype):
+    lfc = np.random.default_rng(0).normal([0, 3, -0.5], [1, 0.01, 0.3], (101, 3)).astype(dtype)
+    lfc[:4, 0] = 0.25
+    t, to = differential.Draws(lfc), {"rtol": 1e-5, "atol": 1e-6}
+    wide = lfc.astype(np.float64)
+    np.testing.assert_allclose(t.mean, wide.mean(0), **to)
+    np.testing.assert_allclose(t.sd, wide.std(0), **to)
+    np.testing.assert_array_equal(t.above(0.25), (lfc > 0.25).mean(0))
+    np.testing.assert_array_equal(t.below(0.25), (lfc < 0.25).mean(0))
+    for q in (0.05, 0.5, 0.951):
+        np.testing.assert_allclose(t.quantile(q), np.quantile(wide, q, axis=0), **to)
+
+
 # --- compare: arrays in, a table out
 
 

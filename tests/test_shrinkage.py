@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from scipy import stats
 
+from pyrosc import shrinkage
 from pyrosc.shrinkage import LFC, Arm, Posterior, dispersion, likelihood, shrink, sums
 
 
@@ -174,6 +176,33 @@ def test_posterior_under_a_known_prior_is_the_conjugate_one():
     np.testing.assert_allclose(posterior.mean[bulk], (kept * r)[bulk], atol=0.1)
     np.testing.assert_allclose(posterior.sd[bulk], (np.sqrt(kept) * se)[bulk], rtol=0.2)
     assert abs(covered(posterior, truth).mean() - 0.9) < 0.02
+
+
+def test_weights_are_the_most_likely():
+    """Where they are, each component's share of the genes and of the pseudo-gene is its weight."""
+    rng = np.random.default_rng(3)
+    curves = torch.from_numpy(normal_curves(rng.normal(0, 0.5, 400), rng.uniform(0.05, 0.5, 400)))
+    evidence = curves @ shrinkage._components(3).T
+    n = evidence.shape[1]
+    weights = shrinkage._weights(evidence, torch.full((n,), 1 / n, dtype=torch.float64))
+    share = (evidence * weights / (evidence @ weights)[:, None]).sum(0) + 1 / n
+    np.testing.assert_allclose(share / 401, weights, rtol=1e-3)
+
+
+def test_components_are_those_of_their_mode():
+    mode = -5 * (LFC[1] - LFC[0])
+    wanted = np.exp(-0.5 * ((LFC - mode) / 0.4) ** 2)
+    np.testing.assert_allclose(shrinkage._components(-5)[3], wanted / wanted.sum(), atol=1e-12)
+
+
+def test_sums_do_not_depend_on_how_many_cells_are_taken_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, codes, batch = sp.csr_array(rng.poisson(0.4, (50, 6))), rng.integers(-1, 3, 50), rng.integers(0, 2, 50)
+    once = sums(x, codes, 3, batch, 2)
+    monkeypatch.setattr(shrinkage, "_CELLS", 7)
+    for a, b in zip(once, sums(x, codes, 3, batch, 2), strict=True):
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(vars(b)[name], value)
 
 
 def test_verbs_of_a_normal_posterior():
