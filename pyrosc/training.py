@@ -50,22 +50,7 @@ class Problem:
 def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
     """Train in place; return the history and the epoch whose parameters were kept."""
     start = time.perf_counter()
-    first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
-    for module in problem.modules:
-        module.eval()  # so that a run of the programs leaves their running moments alone
-    with seeded(first.device, settings["seed"]):
-        cells = problem.train.cells(first)
-        settings["plate_nesting"] = check_programs(problem.model, problem.guide, cells)
-    own_parameters(problem.modules)
-    # From here on the store's tensors are the ones to train, save and restore.
-    state = _state(problem.modules)
-    with seeded(first.device, settings["seed"]):
-        check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
-    each = is_of_each_cell(problem.model, problem.guide, cells, state)
-    settings["parameters_of_each_cell"] = each
-    if each and settings["n_train"] < settings["n_cells"]:
-        msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
-        raise ValueError(msg)
+    state = _checked(problem, settings)
     step = _Stepper(problem, state, settings)
     rows: list[dict[str, float]] = []
     best, best_loss, kept = 0, math.inf, state
@@ -98,6 +83,33 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
             raise FloatingPointError(msg)
     restore(state, kept)
     return pd.DataFrame(rows).rename_axis("epoch"), best
+
+
+def _checked(problem: Problem, settings: dict[str, Any]) -> list[Tensor]:
+    """Run the programs on a first minibatch; return all tensors that training changes.
+
+    Raises
+    ------
+    ValueError
+        If the programs don't fit each other or the data; the message names the remedy.
+    """
+    first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+    for module in problem.modules:
+        module.eval()  # so that a run of the programs leaves their running moments alone
+    with seeded(first.device, settings["seed"]):
+        cells = problem.train.cells(first)
+        settings["plate_nesting"] = check_programs(problem.model, problem.guide, cells)
+    own_parameters(problem.modules)
+    # From here on the store's tensors are the ones to train, save and restore.
+    state = _state(problem.modules)
+    with seeded(first.device, settings["seed"]):
+        check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
+    each = is_of_each_cell(problem.model, problem.guide, cells, state)
+    settings["parameters_of_each_cell"] = each
+    if each and settings["n_train"] < settings["n_cells"]:
+        msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
+        raise ValueError(msg)
+    return state
 
 
 class _Stepper:
