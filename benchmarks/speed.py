@@ -194,7 +194,7 @@ def run_plain(data: pyrosc.Counts, condition: Condition, seed: int) -> list[floa
         z = q.rsample()
         h, rho = model.decoder(z, cells)
         px = model.likelihood(cells.library.clamp_min(1.0) * rho, h, cells.batch)
-        kl = torch.distributions.kl_divergence(q, model.prior(cells)).sum()
+        kl = torch.distributions.kl_divergence(q, model.prior(cells).base_dist).sum()
         loss = (kl - px.to_event(1).log_prob(cells.x).sum()) / len(rows)
         adam.zero_grad()
         loss.backward()

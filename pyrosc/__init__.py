@@ -10,41 +10,52 @@ theta inverse dispersion, pi zero inflation. Losses are in nats per cell, fold c
 __version__ = "0.1.0"
 
 from pyrosc import criticism, datasets, distributions
+from pyrosc.asking import draws
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.differential import compare, differential_expression
-from pyrosc.models import VAE
+from pyrosc.evidence import LogLikelihood, elbo, log_likelihood
+from pyrosc.models import DCA, GMVAE, LDVAE, SCANVI, VAE, VSC, Autoencoder, AutoZI, GaussianVAE
 from pyrosc.persist import load
-from pyrosc.posterior import (
-    Imputation,
-    LogLikelihood,
-    draws,
-    impute,
-    latent,
-    log_likelihood,
-    posterior_predictive,
-)
+from pyrosc.posterior import Imputation, dropout_probability, impute, latent, posterior_predictive
 from pyrosc.reading import from_anndata
+from pyrosc.states import Clusters, clusters, inclusion, loadings, predict, zero_inflation
 from pyrosc.svi import Fit, fit_svi
 
 __all__ = [
+    "DCA",
+    "GMVAE",
+    "LDVAE",
+    "SCANVI",
     "VAE",
+    "VSC",
+    "AutoZI",
+    "Autoencoder",
     "Cells",
+    "Clusters",
     "Counts",
     "Fit",
+    "GaussianVAE",
     "Imputation",
     "LogLikelihood",
+    "clusters",
     "compare",
     "criticism",
     "datasets",
     "differential_expression",
     "distributions",
     "draws",
+    "dropout_probability",
+    "elbo",
     "fit_svi",
     "from_anndata",
     "impute",
+    "inclusion",
     "latent",
     "load",
+    "loadings",
     "log_likelihood",
     "posterior_predictive",
+    "predict",
+    "zero_inflation",
 ]

@@ -21,8 +21,9 @@ from pyrosc import __version__, datasets, plots
 from pyrosc.counts import Counts
 from pyrosc.criticism import baseline
 from pyrosc.differential import differential_expression
+from pyrosc.evidence import LogLikelihood, log_likelihood
 from pyrosc.models import VAE
-from pyrosc.posterior import Imputation, LogLikelihood, impute, latent, log_likelihood
+from pyrosc.posterior import Imputation, impute, latent
 from pyrosc.reading import from_anndata
 from pyrosc.svi import Fit, fit_svi
 

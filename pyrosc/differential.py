@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from pyrosc.asking import draws
 from pyrosc.counts import Counts
-from pyrosc.posterior import draws
 from pyrosc.reading import as_counts
 from pyrosc.shrinkage import Arm, Posterior, likelihood, shrink, sums
 from pyrosc.svi import Fit

@@ -74,25 +74,54 @@ class ZeroInflated(nn.Module):
         return distributions.ZeroInflated(self.base(mean, h, batch), self.gate_logits(h))
 
 
-def likelihood_of(name: str, *, n_genes: int, n_hidden: int, n_batches: int = 1) -> Likelihood:
+class ConditionalNegativeBinomial(nn.Module):
+    """x ~ NB(mean, theta), theta of each gene and cell: log theta is linear in h, and at most 9 from 0.
+
+    Parameters
+    ----------
+    n_hidden, n_genes
+        Widths of h and of the counts.
+    """
+
+    def __init__(self, n_hidden: int, n_genes: int) -> None:
+        super().__init__()
+        self.log_inverse_dispersion = nn.Linear(n_hidden, n_genes)
+
+    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+        """Return NegativeBinomial(mean, theta)."""
+        return distributions.NegativeBinomial(mean, self.log_inverse_dispersion(h).clamp(-9, 9).exp())
+
+
+def likelihood_of(
+    name: str, *, n_genes: int, n_hidden: int, n_batches: int = 1, dispersion: str = "gene"
+) -> Likelihood:
     """Return the likelihood of a name.
 
     Parameters
     ----------
     name
         ``"poisson"``, ``"nb"``, ``"zip"`` or ``"zinb"``.
-    n_genes, n_hidden
-        Widths of the counts and of the decoder's features.
-    n_batches
-        With more than one, inverse dispersions are per gene and batch.
+    n_genes, n_hidden, n_batches
+        Widths of the counts and of the decoder's features; number of batches.
+    dispersion
+        theta is a parameter of each ``"gene"``, of each gene and batch (``"gene-batch"``), or linear in the
+        features, of each gene and cell (``"gene-cell"``).
 
     Raises
     ------
     ValueError
-        If there is no likelihood of that name.
+        If a name is another one.
     """
+    bases = {
+        "gene": lambda: NegativeBinomial(n_genes),
+        "gene-batch": lambda: NegativeBinomial(n_genes, n_batches),
+        "gene-cell": lambda: ConditionalNegativeBinomial(n_hidden, n_genes),
+    }
+    if dispersion not in bases:
+        msg = f'dispersion must be "gene", "gene-batch" or "gene-cell", not {dispersion!r}'
+        raise ValueError(msg)
     if name not in ("poisson", "nb", "zip", "zinb"):
         msg = f'likelihood must be "poisson", "nb", "zip" or "zinb", not {name!r}'
         raise ValueError(msg)
-    base = NegativeBinomial(n_genes, n_batches) if name in ("nb", "zinb") else Poisson()
+    base = bases[dispersion]() if name in ("nb", "zinb") else Poisson()
     return ZeroInflated(base, n_hidden, n_genes) if name in ("zip", "zinb") else base

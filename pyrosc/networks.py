@@ -176,6 +176,42 @@ def beside(
     return torch.cat([h, c.expand(*h.shape[:-1], -1)], -1) if c.shape[-1] else h
 
 
+class CellsLinear(nn.Module):
+    """A linear map of log(1 + x) and the covariates: the first layer of what reads cells.
+
+    Parameters
+    ----------
+    n_genes, n_out
+        Widths of the counts and of the result.
+    covariates
+        What it sees beside the counts.
+    """
+
+    def __init__(self, n_genes: int, n_out: int, covariates: Covariates) -> None:
+        super().__init__()
+        self.covariates = covariates
+        self.counts = Log1pLinear(n_genes, n_out)
+        self.shift = nn.Linear(covariates.n_out, n_out, bias=False) if covariates.n_out else None
+        if self.shift is not None:  # starts as if it were one layer with that of the counts
+            nn.init.uniform_(self.shift.weight, -1 / n_genes**0.5, 1 / n_genes**0.5)
+
+    def forward(self, cells: Cells) -> Float[Tensor, "cells out"]:
+        """Return the map of each cell."""
+        h = self.counts(cells.x)
+        return h if self.shift is None else h + self.shift(self.covariates(cells))
+
+
+def trunk(
+    n_genes: int, covariates: Covariates, hidden: Sequence[int], *, norm: str | None, dropout: float
+) -> nn.Sequential:
+    """Return layers from cells to features, (cells, ``hidden[-1]``); see :class:`MLP`."""
+    return nn.Sequential(
+        CellsLinear(n_genes, hidden[0], covariates),
+        *activation(hidden[0], norm=norm, dropout=dropout),
+        MLP(hidden[0], hidden[1:], norm=norm, dropout=dropout),
+    )
+
+
 class Encoder(nn.Module):
     """q(u given x): a normal distribution whose mean and scale a network reads off log(1 + x) and covariates.
 
@@ -200,22 +236,22 @@ class Encoder(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.covariates = covariates
-        width = hidden[0] if hidden else 2 * n_out
-        self.counts = Log1pLinear(n_genes, width)
-        self.shift = nn.Linear(covariates.n_out, width, bias=False) if covariates.n_out else None
-        if self.shift is not None:  # starts as if it were one layer with that of the counts
-            nn.init.uniform_(self.shift.weight, -1 / n_genes**0.5, 1 / n_genes**0.5)
-        first = activation(width, norm=norm, dropout=dropout) if hidden else []
-        self.body = nn.Sequential(*first, MLP(width, hidden[1:], norm=norm, dropout=dropout))
-        self.moments = nn.Linear(hidden[-1], 2 * n_out) if hidden else nn.Identity()
+        self.body: nn.Module
+        if hidden:
+            self.body = trunk(n_genes, covariates, hidden, norm=norm, dropout=dropout)
+            self.moments: nn.Module = nn.Linear(hidden[-1], 2 * n_out)
+        else:
+            self.body, self.moments = CellsLinear(n_genes, 2 * n_out, covariates), nn.Identity()
 
     def forward(self, cells: Cells) -> dist.Normal:
         """Return Normal(loc, scale), each (cells, n_out)."""
-        h = self.counts(cells.x)
-        h = self.body(h if self.shift is None else h + self.shift(self.covariates(cells)))
-        loc, log_variance = self.moments(h).chunk(2, -1)
-        return dist.Normal(loc, torch.exp(0.5 * log_variance.clamp(-15, 15)) + 1e-4)
+        return normal(self.moments(self.body(cells)))
+
+
+def normal(moments: Float[Tensor, "*draws cells twice"]) -> dist.Normal:
+    """Return Normal(loc, scale): the first half of the columns are means, the other log variances."""
+    loc, log_variance = moments.chunk(2, -1)
+    return dist.Normal(loc, torch.exp(0.5 * log_variance.clamp(-15, 15)) + 1e-4)
 
 
 class Decoder(nn.Module):

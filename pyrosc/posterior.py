@@ -1,31 +1,25 @@
-"""Questions put to a Fit: draws, latent, impute, posterior_predictive, log_likelihood.
+"""Questions about cells put to a Fit: latent, impute, posterior_predictive, dropout_probability.
 
-Site names are known here, models are not. One primitive, :func:`draws`; the others summarise its stream, and
-nothing of the size draws x cells x genes is ever held for more than a minibatch.
+Site names are known here, models are not. Each summarises the stream of :func:`pyrosc.draws`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import anndata
 import numpy as np
-import pyro
 import scipy.sparse as sp
 import torch
 from jaxtyping import Float
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
-from pyrosc.cells import Cells
+from pyrosc.asking import asked, batch_code, cells_second, check_draws, draws, rows_of, run, seed_of, stream
 from pyrosc.counts import Counts
-from pyrosc.reading import as_counts
+from pyrosc.distributions import ZeroInflated
 from pyrosc.svi import Fit
-
-ELEMENTS = 2**23
-"""Draws x cells x genes that are decoded at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,89 +53,6 @@ class Imputation:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class LogLikelihood:
-    """Estimates of each cell's log p(x), natural logarithm.
-
-    Attributes
-    ----------
-    nats : ndarray of shape (cells,)
-        Nats per cell; higher is better. A lower bound in expectation, tight as `n_draws` grows.
-    ess : ndarray of shape (cells,)
-        Effective sample size of the importance weights, 1 to `n_draws`: a cell with an ess near 1 is
-        described badly by the guide, and its estimate is too low.
-    n_draws : int
-    """
-
-    nats: np.ndarray
-    ess: np.ndarray
-    n_draws: int
-
-    @property
-    def mean(self) -> float:
-        """Mean over the cells, in nats per cell."""
-        return float(self.nats.mean())
-
-    def __repr__(self) -> str:
-        return (
-            f"LogLikelihood({self.mean:.2f} nats per cell, {len(self.nats)} cells, {self.n_draws} draws, "
-            f"median ess {np.median(self.ess):.1f})"
-        )
-
-
-def draws(
-    fit: Fit,
-    data: Counts | anndata.AnnData,
-    *sites: str,
-    n_draws: int = 25,
-    batch: str | int | None = None,
-    parallel: bool = True,
-    seed: int = 0,
-) -> Iterator[dict[str, Float[Tensor, "..."]]]:
-    """Yield draws of sites from the posterior, one minibatch of cells after the other, in the data's order.
-
-    Parameters
-    ----------
-    fit
-        Of :func:`~pyrosc.fit_svi`.
-    data
-        Counts, or an AnnData; genes are matched by name. A program with parameters of each cell has them only
-        for the cells it was fitted to: ask it about those, in that order.
-    sites
-        Names of sites of the model or of the guide; deterministic ones too. Of an observed site (``"x"``),
-        draws of new counts.
-    n_draws
-        Number of draws for each cell.
-    batch
-        Name of a batch: what the cells would have been there. The guide sees the true batch, the model this
-        one. By default each cell's own.
-    parallel
-        Run all draws at once, in a plate left of the program's own. A program that can't broadcast needs
-        False: one run a draw.
-    seed
-        Of the draws.
-
-    Yields
-    ------
-    dict of str to Tensor of shape (draws, cells, ...)
-        Genes are in the fit's order.
-
-    Raises
-    ------
-    ValueError
-        If the batch is unknown, `n_draws` is below 1, or the data does not suit the fit.
-    KeyError
-        If there is no such site.
-    """
-    data = _asked(fit, data)
-    code = _batch_code(fit, batch)
-    _check_draws(n_draws)
-    return (
-        {name: values[0] for name, values in drawn.items()}
-        for _, drawn in _stream(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
-    )
-
-
 def latent(
     fit: Fit,
     data: Counts | anndata.AnnData,
@@ -170,11 +81,11 @@ def latent(
     if n_draws is not None:
         stream = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
         return np.concatenate([drawn[site].cpu().numpy() for drawn in stream], axis=1)
-    data = _asked(fit, data)
+    data = asked(fit, data)
     means = []
-    for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, 1))):
-        with fit.asking(_seed(seed, i)):
-            guided, _ = _traces(fit, cells, 16, [], parallel=parallel)
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
+        with fit.asking(seed_of(seed, i)):
+            guided, _ = run(fit, cells, 16, [], parallel=parallel)
             means.append(torch.stack([_mean(trace, site) for trace in guided]).mean(0).mean(0))
     return torch.cat(means).cpu().numpy()
 
@@ -235,14 +146,14 @@ def impute(
     if not 0 < interval < 1:
         msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)
-    _check_draws(n_draws)
-    data, columns = _asked(fit, data), torch.as_tensor(_columns(fit, data, genes), device=fit.device)
-    codes = range(len(fit.schema.batches)) if batch == "average" else [_batch_code(fit, batch)]
+    check_draws(n_draws)
+    data, columns = asked(fit, data), torch.as_tensor(_columns(fit, data, genes), device=fit.device)
+    codes = range(len(fit.schema.batches)) if batch == "average" else [batch_code(fit, batch)]
     own = what == "count" and library is None
     tail = (1 - interval) / 2
     done, summary = 0, np.empty((4, data.n_cells, len(columns)), np.float32)
-    stream = _stream(fit, data, (site,), n_draws, list(codes), parallel=parallel, seed=seed, library=own)
-    for cells, drawn in stream:
+    streamed = stream(fit, data, (site,), n_draws, list(codes), parallel=parallel, seed=seed, library=own)
+    for cells, drawn in streamed:
         rho = drawn[site].mean(0)[..., columns]
         if own:
             l = drawn["l"].mean(0) if "l" in drawn else cells.library
@@ -295,143 +206,62 @@ def posterior_predictive(
     return [sp.vstack(part, format="csr") for part in parts]
 
 
-def log_likelihood(
+def dropout_probability(
     fit: Fit,
     data: Counts | anndata.AnnData,
     n_draws: int = 25,
     *,
+    genes: Sequence[str] | None = None,
+    site: str = "x",
     parallel: bool = True,
     seed: int = 0,
-) -> LogLikelihood:
-    """Estimate each cell's log p(x) by importance sampling from the guide (Burda 2016, eq. 8).
+) -> np.ndarray:
+    """Return the posterior probability that each zero is a dropout: that the count was not zero by itself.
 
-    The weight of a draw is p(x, z, l) / q(z, l given x); the estimate is the log of the mean weight.
-    Latent sites outside the plate of cells are averaged over, not scored; latent sites that the guide leaves
-    out (because the ELBO enumerates them) are drawn from their prior.
+    By Bayes' rule pi / (pi + (1 - pi) p0) for a zero, p0 the probability of a zero that is none, averaged
+    over draws of the cell's state. A positive count is no dropout: 0.
 
     Parameters
     ----------
-    fit, data, parallel, seed
+    fit
+        Of a model with a zero-inflated likelihood: ``"zinb"`` or ``"zip"``.
+    data, n_draws, parallel, seed
         See :func:`draws`.
-    n_draws
-        Draws of each cell. Compare only estimates with as many.
+    genes
+        See :func:`impute`.
+    site
+        Name of the site of counts.
 
     Returns
     -------
-    LogLikelihood
-        For each cell: nats and effective sample size.
+    ndarray of shape (cells, genes)
+        float32. Columns as in :func:`impute`.
 
-    References
-    ----------
-    Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016.
+    Raises
+    ------
+    TypeError
+        If the likelihood has no zero inflation.
     """
-    data = _asked(fit, data)
-    _check_draws(n_draws)
-    nats, ess = [], []
-    for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws))):
-        with fit.asking(_seed(seed, i)):
-            guided, modelled = _traces(fit, cells, n_draws, [None], parallel=parallel)
-            log_w = torch.cat(
-                [
-                    _log_density(p[0], cells, q) - _log_density(q, cells, q)
-                    for p, q in zip(modelled, guided, strict=True)
-                ]
-            )
-            nats.append(log_w.logsumexp(0) - np.log(n_draws))
-            ess.append((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
-    return LogLikelihood(torch.cat(nats).cpu().numpy(), torch.cat(ess).cpu().numpy(), n_draws)
+    check_draws(n_draws)
+    columns = torch.as_tensor(_columns(fit, data, genes), device=fit.device)
+    data = asked(fit, data)
+    parts = []
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
+        with fit.asking(seed_of(seed, i)):
+            _, modelled = run(fit, cells, n_draws, [None], parallel=parallel)
+            mean = torch.stack([_dropout(trace[0].nodes[site]["fn"]).mean(0) for trace in modelled]).mean(0)
+        parts.append(torch.where(cells.x == 0, mean, 0.0)[:, columns].cpu().numpy())
+    return np.concatenate(parts)
 
 
-def _stream(
-    fit: Fit,
-    data: Counts,
-    sites: Sequence[str],
-    n_draws: int,
-    codes: Sequence[int | None],
-    *,
-    parallel: bool,
-    seed: int,
-    library: bool = False,
-) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
-    """Yield each minibatch and its draws, (batches, draws, cells, ...): latent ones alike in each batch.
-
-    With `library`, site ``"l"`` too where there is one.
-    """
-    for i, cells in enumerate(data.on(fit.device).minibatches(_rows(fit, n_draws * len(codes)))):
-        with fit.asking(_seed(seed, i)):
-            guided, modelled = _traces(fit, cells, n_draws, codes, parallel=parallel)
-            _check_guided(guided[0], modelled[0][0])
-            if library and i == 0 and "l" in modelled[0][0].nodes:
-                sites = (*sites, "l")
-            drawn = {}
-            for name in sites:
-                runs = [[_value(m, q, name) for m in p] for p, q in zip(modelled, guided, strict=True)]
-                by_batch = [
-                    part[0] if len(part) == 1 else torch.cat(part) for part in zip(*runs, strict=True)
-                ]
-                drawn[name] = by_batch[0][None] if len(codes) == 1 else torch.stack(by_batch)
-        # The consumer runs outside of the fit's context: two fits may be asked in turns.
-        yield cells, drawn
-
-
-def _check_guided(guided: poutine.Trace, modelled: poutine.Trace) -> None:
-    """Raise if the model has latent sites that the guide leaves out: they were drawn from their prior."""
-    alone = [
-        name
-        for name in modelled.stochastic_nodes
-        if name not in guided.nodes and modelled.nodes[name]["infer"].get("enumerate")
-    ]
-    if alone:
-        msg = f"the guide samples no {alone}, so there are no posterior draws: sample it in the guide too"
-        raise ValueError(msg)
-
-
-def _traces(
-    fit: Fit, cells: Cells, n_draws: int, codes: Sequence[int | None], *, parallel: bool
-) -> tuple[list[poutine.Trace], list[list[poutine.Trace]]]:
-    """Run the guide, and the model on what it drew in each batch: once for all draws, or once for each."""
-    size, runs = (n_draws, 1) if parallel else (1, n_draws)
-    dim = -1 - fit.settings["plate_nesting"]
-    guided, modelled = [], []
-    for _ in range(runs):
-        guided.append(poutine.trace(_repeated(fit.guide, size, dim)).get_trace(cells))
-        model = poutine.replay(_repeated(fit.model, size, dim), guided[-1])
-        seen = [cells if code is None else cells.in_batch(code) for code in codes]
-        modelled.append([poutine.trace(model).get_trace(there) for there in seen])
-    return guided, modelled
-
-
-def _repeated(program: Any, n_draws: int, dim: int) -> Any:
-    """Return the program in a plate of draws."""
-
-    def repeated(cells: Cells) -> None:
-        with pyro.plate("_draws", n_draws, dim=dim):
-            program(cells)
-
-    return repeated
-
-
-def _value(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
-    """Return a site's value with all its axes; of an observed site, a draw."""
-    trace = modelled if name in modelled.nodes else guided
-    if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
-        known = sorted(
-            name for name in {*modelled.nodes, *guided.nodes} if name not in ("_INPUT", "_RETURN", "_draws")
-        )
-        msg = f"no site {name!r}; the programs have {known}"
-        raise KeyError(msg)
-    site = trace.nodes[name]
-    drawn = site["is_observed"] and not site["infer"].get("_deterministic")
-    value = site["fn"].sample() if drawn else site["value"]
-    return _cells_second(value.expand(site["fn"].batch_shape + site["fn"].event_shape), site)
-
-
-def _cells_second(value: Tensor, site: Any) -> Tensor:
-    """Move the axis of cells behind that of draws, wherever the program's plates put it."""
-    for frame in site["cond_indep_stack"]:
-        if frame.name == "cells":
-            return value.movedim(frame.dim - len(site["fn"].event_shape), 1)
-    return value
+def _dropout(counts: Any) -> Tensor:
+    """Return P(dropout given a zero), (draws, cells, genes)."""
+    while isinstance(counts, Independent):
+        counts = counts.base_dist
+    if not isinstance(counts, ZeroInflated):
+        msg = f'{type(counts).__name__} has no dropouts: fit a model with likelihood="zinb" or "zip"'
+        raise TypeError(msg)
+    return counts.dropout_probability()
 
 
 def _mean(trace: poutine.Trace, name: str) -> Tensor:
@@ -445,29 +275,9 @@ def _mean(trace: poutine.Trace, name: str) -> Tensor:
     if free is not None and site["fn"].support is constraints.real:
         site = free
     try:
-        return _cells_second(site["fn"].mean, site)
+        return cells_second(site["fn"].mean, site)
     except NotImplementedError:
-        return _cells_second(site["value"], site)
-
-
-def _log_density(trace: poutine.Trace, cells: Cells, guided: poutine.Trace) -> Tensor:
-    """Return the log density of the sites in the plate of cells, (draws, cells).
-
-    Latent sites that the guide leaves out were drawn from their prior: it is their proposal, and cancels.
-    """
-    trace.compute_log_prob()
-    total = torch.zeros(1, len(cells), device=cells.x.device)
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not (site["is_observed"] or name in guided.nodes):
-            continue
-        dims = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
-        if "cells" not in dims:
-            continue
-        log_p = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-        others = [d for plate, d in dims.items() if plate not in ("cells", "_draws")]
-        log_p = log_p.sum(others, keepdim=True) if others else log_p
-        total = total + log_p.movedim(dims["cells"], -1).reshape(-1, len(cells))
-    return total
+        return cells_second(site["value"], site)
 
 
 def _sd(values: Float[Tensor, "draws cells genes"], mean: Tensor) -> Tensor:
@@ -491,45 +301,6 @@ def _low_quantile(values: Float[Tensor, "draws cells genes"], share: float) -> T
             for i, other in enumerate(smallest):
                 smallest[i], value = torch.minimum(other, value), torch.maximum(other, value)
     return torch.lerp(smallest[below], smallest[-1], place - below)
-
-
-def _rows(fit: Fit, n_draws: int) -> int:
-    """Return how many cells are decoded at a time."""
-    return min(1024, max(1, ELEMENTS // (n_draws * len(fit.schema.genes))))
-
-
-def _seed(seed: int, i: int) -> int:
-    """Return the seed of the i-th minibatch."""
-    return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
-
-
-def _asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
-    """Return the data as the fit knows it; raise if it has parameters only of the cells it was fitted to."""
-    counts = as_counts(data, fit.schema)
-    if fit.settings.get("parameters_of_each_cell") and counts.n_cells != fit.settings["n_train"]:
-        msg = (
-            f"the fit has parameters of each of its {fit.settings['n_train']} cells and can't be asked about "
-            f"{counts.n_cells}: ask about all, in the order of the fit, and choose from the answer"
-        )
-        raise ValueError(msg)
-    if not counts.n_cells:
-        msg = "no cells: the selection is empty"
-        raise ValueError(msg)
-    return counts
-
-
-def _check_draws(n_draws: int) -> None:
-    if n_draws < 1:
-        msg = f"n_draws must be at least 1, not {n_draws}"
-        raise ValueError(msg)
-
-
-def _batch_code(fit: Fit, batch: str | int | None) -> int | None:
-    batch = None if batch is None else str(batch)
-    if batch is not None and batch not in fit.schema.batches:
-        msg = f"no batch {batch!r}; the fit knows {', '.join(fit.schema.batches)}"
-        raise ValueError(msg)
-    return None if batch is None else fit.schema.batches.index(batch)
 
 
 def _columns(fit: Fit, data: Counts | anndata.AnnData, genes: Sequence[str] | None) -> np.ndarray:

@@ -154,7 +154,8 @@ def fit_svi(
         squares, in nats for all cells together, is added to what is minimised, not to the loss reported. By
         default the attribute ``weight_decay`` of `model`, else 0.
     clip_norm
-        Gradients longer than this are shortened to it.
+        Gradients longer than this are shortened to it; by default the attribute ``clip_norm`` of `model`, if
+        it has one.
     elbo
         A Pyro ELBO; by default the attribute ``elbo`` of `model`, else :class:`pyro.infer.Trace_ELBO`.
     device
@@ -226,7 +227,7 @@ def fit_svi(
         "validation": validation,
         "patience": max(5, epochs // 6) if patience is None else patience,
         "weight_decay": getattr(program, "weight_decay", 0.0) if weight_decay is None else weight_decay,
-        "clip_norm": clip_norm,
+        "clip_norm": getattr(program, "clip_norm", None) if clip_norm is None else clip_norm,
         "seed": seed,
         "n_cells": data.n_cells,
         "n_train": len(train_rows),

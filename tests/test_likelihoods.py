@@ -45,7 +45,7 @@ def test_poisson_and_nb_against_scipy():
 
 
 def test_each_batch_has_inverse_dispersions_of_its_own():
-    nb = likelihood_of("nb", n_genes=3, n_hidden=2, n_batches=2)
+    nb = likelihood_of("nb", n_genes=3, n_hidden=2, n_batches=2, dispersion="gene-batch")
     nb.log_inverse_dispersion.data = torch.tensor([[0.0, 1.0, 2.0], [-1.0, -2.0, -3.0]])
     for batch in (torch.tensor([0, 1]), torch.tensor([1, 1])):
         p = nb(MEAN, H, batch)
@@ -66,6 +66,6 @@ def test_the_gate_is_linear_in_the_features_and_wraps_any_base():
 
 def test_gradients_reach_the_parameters():
     x = torch.tensor([[0.0, 3.0, 7.0], [1.0, 0.0, 4.0]])
-    zinb = likelihood_of("zinb", n_genes=3, n_hidden=2, n_batches=2)
+    zinb = likelihood_of("zinb", n_genes=3, n_hidden=2, n_batches=2, dispersion="gene-batch")
     zinb(MEAN, H, BATCH).log_prob(x).sum().backward()
     assert all((p.grad != 0).any() and torch.isfinite(p.grad).all() for p in zinb.parameters())

@@ -14,7 +14,7 @@ from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
 from pyrosc.networks import Covariates, Decoder, Encoder
-from pyrosc.priors import StandardNormal
+from pyrosc.priors import prior_of
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
 
@@ -24,7 +24,7 @@ class VAE(nn.Module):
 
     For cell n, in batch s, and gene g::
 
-        z_n   ~ Normal(0, I)                                the cell's state
+        z_n   ~ Normal(0, I)                                the cell's state; or a mixture, see `prior`
         l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
         rho_n = softmax(W f(z_n, s) + U s + b)              shares of the genes, rows sum to 1
         x_ng  ~ NB(l_n rho_ng, theta_g)                     or Poisson, or either zero-inflated
@@ -52,7 +52,7 @@ class VAE(nn.Module):
     library, library_encoder
         From cells to the prior and to the guide's distribution of l, (cells, 1).
     prior
-        From cells to the prior of z, (cells, latent).
+        From cells to the prior of z, vectors of batch shape (cells,).
 
     References
     ----------
@@ -95,6 +95,8 @@ class VAE(nn.Module):
         norm: str | None = "batch",
         dropout: float = 0.1,
         encode_covariates: bool = False,
+        prior: str = "normal",
+        n_components: int = 50,
         seed: int = 0,
     ) -> "VAE":
         """Build a VAE for data from plain numbers.
@@ -110,7 +112,8 @@ class VAE(nn.Module):
             ``"observed"``: l is the cell's total. ``"latent"``: l is inferred; its prior has the mean and
             sd of the log totals of each batch.
         dispersion
-            ``"gene"``: theta of each gene; ``"gene-batch"``: of each gene and batch.
+            ``"gene"``: theta of each gene; ``"gene-batch"``: of each gene and batch; ``"gene-cell"``: of each
+            gene and cell, log theta linear in f.
         n_latent
             Width of z.
         hidden
@@ -121,6 +124,12 @@ class VAE(nn.Module):
             Probability that a hidden unit is dropped in training.
         encode_covariates
             Whether the encoder sees the covariates too; the decoder always does.
+        prior
+            Of z. ``"normal"``: N(0, I). ``"mixture"``: of `n_components` normals, learned. ``"vamp"``: the
+            mean of the guide's posteriors of `n_components` pseudo-cells, learned too; it takes no batch
+            normalisation.
+        n_components
+            Of those priors.
         seed
             Of the initial weights.
 
@@ -133,21 +142,22 @@ class VAE(nn.Module):
         data = as_counts(data)
         seen = Covariates.for_data(data)
         encoded = seen if encode_covariates else Covariates()
-        n_batches = {"gene": 1, "gene-batch": len(data.schema.batches)}
-        if dispersion not in n_batches:
-            msg = f'dispersion must be "gene" or "gene-batch", not {dispersion!r}'
-            raise ValueError(msg)
         with seeded(torch.device("cpu"), seed):
             decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
             decoder.start_at(torch.as_tensor(data.share))
+            encoder = Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout)
             vae = cls(
-                Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
+                encoder,
                 decoder,
                 likelihood_of(
-                    likelihood, n_genes=data.n_genes, n_hidden=decoder.n_out, n_batches=n_batches[dispersion]
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
                 ),
                 *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
-                StandardNormal(n_latent),
+                prior_of(prior, n_latent, encoder, data, n_components),
             )
         vae.recipe, vae.schema = recipe, data.schema
         return vae
@@ -155,7 +165,7 @@ class VAE(nn.Module):
     def model(self, cells: Cells) -> None:
         """Sample z, l and the counts."""
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
-            z = pyro.sample("z", self.prior(cells).to_event(1))
+            z = pyro.sample("z", self.prior(cells))
             l = pyro.sample("l", self.library(cells).to_event(1))
             h, rho = self.decoder(z, cells)
             rho = pyro.deterministic("rho", rho, event_dim=1)

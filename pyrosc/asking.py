@@ -1,0 +1,209 @@
+"""Asking a fit: its programs run on minibatches of cells, many draws at a time. What all questions stand on.
+
+One primitive, :func:`draws`. Nothing of the size draws x cells x genes is held for more than a minibatch.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import anndata
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
+from pyrosc.reading import as_counts
+from pyrosc.svi import Fit
+
+ELEMENTS = 2**23
+"""Draws x cells x genes that are decoded at a time."""
+
+
+def draws(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    *sites: str,
+    n_draws: int = 25,
+    batch: str | int | None = None,
+    parallel: bool = True,
+    seed: int = 0,
+) -> Iterator[dict[str, Float[Tensor, "..."]]]:
+    """Yield draws of sites from the posterior, one minibatch of cells after the other, in the data's order.
+
+    Parameters
+    ----------
+    fit
+        Of :func:`~pyrosc.fit_svi`.
+    data
+        Counts, or an AnnData; genes are matched by name. A program with parameters of each cell has them only
+        for the cells it was fitted to: ask it about those, in that order.
+    sites
+        Names of sites of the model or of the guide; deterministic ones too. Of an observed site (``"x"``),
+        draws of new counts.
+    n_draws
+        Number of draws for each cell.
+    batch
+        Name of a batch: what the cells would have been there. The guide sees the true batch, the model this
+        one. By default each cell's own.
+    parallel
+        Run all draws at once, in a plate left of the program's own. A program that can't broadcast needs
+        False: one run a draw.
+    seed
+        Of the draws.
+
+    Yields
+    ------
+    dict of str to Tensor of shape (draws, cells, ...)
+        Genes are in the fit's order.
+
+    Raises
+    ------
+    ValueError
+        If the batch is unknown, `n_draws` is below 1, or the data does not suit the fit.
+    KeyError
+        If there is no such site.
+    """
+    data = asked(fit, data)
+    code = batch_code(fit, batch)
+    check_draws(n_draws)
+    return (
+        {name: values[0] for name, values in drawn.items()}
+        for _, drawn in stream(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
+    )
+
+
+def stream(
+    fit: Fit,
+    data: Counts,
+    sites: Sequence[str],
+    n_draws: int,
+    codes: Sequence[int | None],
+    *,
+    parallel: bool,
+    seed: int,
+    library: bool = False,
+) -> Iterator[tuple[Cells, dict[str, Tensor]]]:
+    """Yield each minibatch and its draws, (batches, draws, cells, ...): latent ones alike in each batch.
+
+    With `library`, site ``"l"`` too where there is one.
+    """
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws * len(codes)))):
+        with fit.asking(seed_of(seed, i)):
+            guided, modelled = run(fit, cells, n_draws, codes, parallel=parallel)
+            _check_guided(guided[0], modelled[0][0])
+            if library and i == 0 and "l" in modelled[0][0].nodes:
+                sites = (*sites, "l")
+            drawn = {}
+            for name in sites:
+                runs = [[value_of(m, q, name) for m in p] for p, q in zip(modelled, guided, strict=True)]
+                by_batch = [
+                    part[0] if len(part) == 1 else torch.cat(part) for part in zip(*runs, strict=True)
+                ]
+                drawn[name] = by_batch[0][None] if len(codes) == 1 else torch.stack(by_batch)
+        # The consumer runs outside of the fit's context: two fits may be asked in turns.
+        yield cells, drawn
+
+
+def _check_guided(guided: poutine.Trace, modelled: poutine.Trace) -> None:
+    """Raise if the model has latent sites that the guide leaves out: they were drawn from their prior."""
+    alone = [
+        name
+        for name in modelled.stochastic_nodes
+        if name not in guided.nodes and modelled.nodes[name]["infer"].get("enumerate")
+    ]
+    if alone:
+        msg = f"the guide samples no {alone}, so there are no posterior draws: sample it in the guide too"
+        raise ValueError(msg)
+
+
+def run(
+    fit: Fit, cells: Cells, n_draws: int, codes: Sequence[int | None], *, parallel: bool
+) -> tuple[list[poutine.Trace], list[list[poutine.Trace]]]:
+    """Run the guide, and the model on what it drew in each batch: once for all draws, or once for each."""
+    size, runs = (n_draws, 1) if parallel else (1, n_draws)
+    dim = -1 - fit.settings["plate_nesting"]
+    guided, modelled = [], []
+    for _ in range(runs):
+        guided.append(poutine.trace(_repeated(fit.guide, size, dim)).get_trace(cells))
+        model = poutine.replay(_repeated(fit.model, size, dim), guided[-1])
+        seen = [cells if code is None else cells.in_batch(code) for code in codes]
+        modelled.append([poutine.trace(model).get_trace(there) for there in seen])
+    return guided, modelled
+
+
+def _repeated(program: Any, n_draws: int, dim: int) -> Any:
+    """Return the program in a plate of draws."""
+
+    def repeated(cells: Cells) -> None:
+        with pyro.plate("_draws", n_draws, dim=dim):
+            program(cells)
+
+    return repeated
+
+
+def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
+    """Return a site's value with all its axes; of an observed site, a draw."""
+    trace = modelled if name in modelled.nodes else guided
+    if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
+        known = sorted(
+            name for name in {*modelled.nodes, *guided.nodes} if name not in ("_INPUT", "_RETURN", "_draws")
+        )
+        msg = f"no site {name!r}; the programs have {known}"
+        raise KeyError(msg)
+    site = trace.nodes[name]
+    drawn = site["is_observed"] and not site["infer"].get("_deterministic")
+    value = site["fn"].sample() if drawn else site["value"]
+    return cells_second(value.expand(site["fn"].batch_shape + site["fn"].event_shape), site)
+
+
+def cells_second(value: Tensor, site: Any) -> Tensor:
+    """Move the axis of cells behind that of draws, wherever the program's plates put it."""
+    for frame in site["cond_indep_stack"]:
+        if frame.name == "cells":
+            return value.movedim(frame.dim - len(site["fn"].event_shape), 1)
+    return value
+
+
+def rows_of(fit: Fit, n_draws: int) -> int:
+    """Return how many cells are decoded at a time."""
+    return min(1024, max(1, ELEMENTS // (n_draws * len(fit.schema.genes))))
+
+
+def seed_of(seed: int, i: int) -> int:
+    """Return the seed of the i-th minibatch."""
+    return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+
+
+def asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
+    """Return the data as the fit knows it; raise if it has parameters only of the cells it was fitted to."""
+    counts = as_counts(data, fit.schema)
+    if fit.settings.get("parameters_of_each_cell") and counts.n_cells != fit.settings["n_train"]:
+        msg = (
+            f"the fit has parameters of each of its {fit.settings['n_train']} cells and can't be asked about "
+            f"{counts.n_cells}: ask about all, in the order of the fit, and choose from the answer"
+        )
+        raise ValueError(msg)
+    if not counts.n_cells:
+        msg = "no cells: the selection is empty"
+        raise ValueError(msg)
+    return counts
+
+
+def check_draws(n_draws: int) -> None:
+    """Raise unless it is a number of draws."""
+    if n_draws < 1:
+        msg = f"n_draws must be at least 1, not {n_draws}"
+        raise ValueError(msg)
+
+
+def batch_code(fit: Fit, batch: str | int | None) -> int | None:
+    """Return the code of a batch's name; None for None. Raise if the fit does not know it."""
+    batch = None if batch is None else str(batch)
+    if batch is not None and batch not in fit.schema.batches:
+        msg = f"no batch {batch!r}; the fit knows {', '.join(fit.schema.batches)}"
+        raise ValueError(msg)
+    return None if batch is None else fit.schema.batches.index(batch)

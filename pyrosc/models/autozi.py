@@ -1,0 +1,190 @@
+"""AutoZI: the variational autoencoder that decides, gene by gene, whether counts are zero-inflated."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from jaxtyping import Float
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.distributions import ZeroInflated
+from pyrosc.library import library_of
+from pyrosc.likelihoods import Likelihood, likelihood_of
+from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.priors import StandardNormal
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+
+
+class AutoZI(nn.Module):
+    r"""Variational autoencoder of counts with a decision about each gene's zero inflation (Clivio 2019).
+
+    For gene g and cell n, in batch s::
+
+        delta_g ~ Beta(a, b)                                share of the gene's counts that are not inflated
+        z_n     ~ Normal(0, I)                              the cell's state
+        l_n     ~ LogNormal(m_s, v_s^2)                     library size; or the observed total
+        rho_n   = softmax(W f(z_n, s) + U s + c)            shares of the genes, rows sum to 1
+        m_ng    ~ Bernoulli(delta_g)
+        x_ng    ~ NB(l_n rho_ng, theta_g) if m_ng, else ZINB(l_n rho_ng, theta_g, pi(z_n))
+
+    m is summed out: that is a ZINB with dropout probability (1 - delta_g) pi_ng, and pi is at least
+    `least_dropout`, so that a gene can't be inflated by nothing. The guide's delta_g has a beta distribution
+    for each gene. :func:`pyrosc.zero_inflation` gives P(delta_g < 1/2).
+
+    Parameters
+    ----------
+    encoder
+        From cells to the distribution of z, (cells, latent).
+    decoder
+        From z and cells to features h and shares rho.
+    likelihood
+        Of the counts that are not inflated: from l rho, h and batches.
+    gate
+        From features to the logits of pi.
+    library, library_encoder
+        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    prior
+        From cells to the prior of z.
+    concentration
+        a and b.
+    least_dropout
+        Smallest pi.
+
+    References
+    ----------
+    Clivio, Lopez, Regier, Gayoso, Jordan and Yosef, Detecting zero-inflated genes in single-cell
+    transcriptomics data, 2019.
+    """
+
+    elbo = TraceMeanField_ELBO
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        gate: nn.Linear,
+        library: nn.Module,
+        library_encoder: nn.Module,
+        prior: StandardNormal,
+        concentration: tuple[float, float] = (0.5, 0.5),
+        least_dropout: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.gate = gate
+        self.library = library
+        self.library_encoder = library_encoder
+        self.prior = prior
+        self.concentration, self.least_dropout = concentration, least_dropout
+        self.log_concentration = nn.Parameter(torch.zeros(2, gate.out_features))
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        likelihood: str = "nb",
+        library: str = "observed",
+        dispersion: str = "gene",
+        concentration: Sequence[float] = (0.5, 0.5),
+        least_dropout: float = 0.01,
+        n_latent: int = 10,
+        hidden: Sequence[int] = (128,),
+        norm: str | None = "batch",
+        dropout: float = 0.1,
+        seed: int = 0,
+    ) -> "AutoZI":
+        """Build an AutoZI for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        likelihood
+            Of counts that are not inflated: ``"nb"`` or ``"poisson"``.
+        concentration
+            a and b of the prior of delta, above 0. Below 1, genes tend to be inflated all or not at all.
+        least_dropout
+            Smallest dropout probability of inflated counts, at least 0 and below 1.
+        library, dispersion, n_latent, hidden, norm, dropout, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a number out of range.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        if likelihood not in ("nb", "poisson"):
+            msg = f'likelihood is of counts that are not inflated, "nb" or "poisson", not {likelihood!r}'
+            raise ValueError(msg)
+        if len(concentration) != 2 or min(concentration) <= 0 or not 0 <= least_dropout < 1:
+            msg = (
+                "concentration needs two numbers above 0, and least_dropout is a probability below 1; "
+                f"got {concentration!r} and {least_dropout!r}"
+            )
+            raise ValueError(msg)
+        data = as_counts(data)
+        seen = Covariates.for_data(data)
+        with seeded(torch.device("cpu"), seed):
+            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
+            decoder.start_at(torch.as_tensor(data.share))
+            autozi = cls(
+                Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
+                decoder,
+                likelihood_of(
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
+                ),
+                nn.Linear(decoder.n_out, data.n_genes),
+                *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
+                StandardNormal(n_latent),
+                (float(concentration[0]), float(concentration[1])),
+                least_dropout,
+            )
+        autozi.recipe, autozi.schema = recipe, data.schema
+        return autozi
+
+    def model(self, cells: Cells) -> None:
+        """Sample delta, z, l and the counts."""
+        a, b = (cells.x.new_full((cells.x.shape[1],), c) for c in self.concentration)
+        delta = pyro.sample("delta", dist.Beta(a, b).to_event(1))
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            l = pyro.sample("l", self.library(cells).to_event(1))
+            h, rho = self.decoder(z, cells)
+            rho = pyro.deterministic("rho", rho, event_dim=1)
+            pi = self.least_dropout + (1 - self.least_dropout) * torch.sigmoid(self.gate(h))
+            gate_logits = ((1 - delta) * pi).clamp(1e-6, 1 - 1e-6).logit()
+            x = ZeroInflated(self.likelihood(l * rho, h, cells.batch), gate_logits)
+            pyro.sample("x", x.to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample delta, and z and l given the counts."""
+        pyro.sample("delta", dist.Beta(*self.log_concentration.exp()).to_event(1))
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", self.encoder(cells).to_event(1))
+            pyro.sample("l", self.library_encoder(cells).to_event(1))
+
+    @property
+    def zero_inflation(self) -> Float[Tensor, "genes"]:
+        """P(delta_g < 1/2): probability that most of the gene's counts are zero-inflated."""
+        from scipy.special import betainc
+
+        a, b = self.log_concentration.detach().cpu().double().exp()
+        return torch.as_tensor(betainc(a.numpy(), b.numpy(), 0.5))

@@ -1,0 +1,170 @@
+"""DCA: the deep count autoencoder, which denoises with a deterministic code."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from torch import nn
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.likelihoods import Likelihood, likelihood_of
+from pyrosc.networks import MLP
+from pyrosc.priors import Flat
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+from pyrosc.transforms import LogNormalised
+
+
+class DCA(nn.Module):
+    r"""Deep count autoencoder (Eraslan 2019).
+
+    For cell n and gene g, with the size factor s_n = total / median total and t(x) the standardised logs::
+
+        z_n  = e(t(x_n))                                    the code, deterministic
+        h_n  = f(z_n)
+        mu   = s_n exp(W h_n + b)
+        x_ng ~ ZINB(mu_ng, theta_ng, pi_ng)                 theta and pi read off h too
+
+    The code has no prior: this is maximum likelihood, whose only regularisation is early stopping, and the
+    ridge lambda sum_g pi_ng^2 on the dropout probabilities, if any. Its objective is no ELBO, though the loss
+    is a likelihood that can be compared. :func:`pyrosc.dropout_probability` says which zeros are dropouts.
+
+    ``"rho"`` is mu divided by its sum, and ``"l"`` that sum.
+
+    Departures from the source: theta is the exponential of what a layer gives (there softplus), offsets start
+    at the genes' mean counts, and the likelihood is exact in float32 where the original's diverges.
+
+    Parameters
+    ----------
+    transform
+        The standardised logs.
+    encoder, decoder
+        Networks from these to the code, and from the code to h.
+    mean
+        Linear layer from h to log(mu / s).
+    likelihood
+        From mu, h and batches to the distribution of the counts.
+    prior
+        From cells to the prior of z: none.
+    ridge
+        lambda, nats.
+
+    References
+    ----------
+    Eraslan, Simon, Mircea, Mueller and Theis, Single-cell RNA-seq denoising using a deep count autoencoder,
+    2019.
+    """
+
+    clip_norm = 5.0
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        transform: LogNormalised,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        mean: nn.Linear,
+        likelihood: Likelihood,
+        prior: Flat,
+        ridge: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.encoder = encoder
+        self.decoder = decoder
+        self.mean = mean
+        self.likelihood = likelihood
+        self.prior = prior
+        self.ridge = ridge
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        likelihood: str = "zinb",
+        dispersion: str = "gene-cell",
+        hidden: Sequence[int] = (64, 32, 64),
+        ridge: float = 0.0,
+        norm: str | None = "batch",
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> "DCA":
+        """Build a DCA for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        likelihood
+            ``"zinb"``, ``"nb"``, ``"zip"`` or ``"poisson"``.
+        dispersion
+            ``"gene-cell"``: theta read off h (the source's "conditional"); ``"gene"`` (its "constant").
+        hidden
+            Widths of the layers; the middle one is the code.
+        ridge
+            lambda, at least 0.
+        norm, dropout, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a number out of range.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        if ridge < 0 or not hidden:
+            msg = f"ridge must be at least 0 and hidden name a layer, not {ridge!r} and {hidden!r}"
+            raise ValueError(msg)
+        if ridge and likelihood not in ("zip", "zinb"):
+            msg = f'the ridge is on dropout probabilities: it needs "zinb" or "zip", not {likelihood!r}'
+            raise ValueError(msg)
+        data = as_counts(data)
+        middle = len(hidden) // 2
+        with seeded(torch.device("cpu"), seed):
+            transform = LogNormalised.for_data(data)
+            decoder = MLP(hidden[middle], hidden[middle + 1 :], norm=norm, dropout=dropout)
+            mean = nn.Linear(decoder.n_out, data.n_genes)
+            with torch.no_grad():
+                mean.bias.copy_((torch.as_tensor(data.share) * transform.target).log())
+            dca = cls(
+                transform,
+                MLP(data.n_genes, hidden[: middle + 1], norm=norm, dropout=dropout),
+                decoder,
+                mean,
+                likelihood_of(
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
+                ),
+                Flat(hidden[middle]),
+                ridge,
+            )
+        dca.recipe, dca.schema = recipe, data.schema
+        return dca
+
+    def model(self, cells: Cells) -> None:
+        """Sample the counts given the code."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            h = self.decoder(z)
+            size = cells.library.clamp_min(1) / self.transform.target
+            mu = size * self.mean(h).clamp(-12, 14).exp()
+            l = pyro.deterministic("l", mu.sum(-1, keepdim=True), event_dim=1)
+            pyro.deterministic("rho", mu / l, event_dim=1)
+            x = self.likelihood(mu, h, cells.batch)
+            if self.ridge:
+                pyro.factor("ridge", -self.ridge * torch.sigmoid(x.gate_logits).square().sum(-1))
+            pyro.sample("x", x.to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Give z the code."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", dist.Delta(self.encoder(self.transform(cells)), event_dim=1))

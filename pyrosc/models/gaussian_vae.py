@@ -1,0 +1,160 @@
+"""GaussianVAE: a variational autoencoder of transformed counts, with a normal likelihood."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.networks import MLP, normal
+from pyrosc.priors import StandardNormal
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+from pyrosc.transforms import Transform, transform_of
+
+
+class GaussianVAE(nn.Module):
+    r"""Gaussian variational autoencoder of transformed counts; with ``fit_svi(kl_weight=...)``, a beta-VAE.
+
+    For cell n and gene g, with t(x) the transformed counts::
+
+        z_n     ~ Normal(0, I)                              the cell's state
+        t(x)_ng ~ Normal(mu_g(z_n), sigma_g^2)
+
+    and the guide has a network each for mean and scale::
+
+        z_n | x_n ~ Normal(m(t(x_n)), s(t(x_n))^2)
+
+    The site ``"x"`` is of transformed counts, and so are densities and posterior predictive draws: nats per
+    cell can be compared among models of one transform only. ``"rho"`` is what mu stands for as shares.
+
+    sigma_g is learned: where the decoder explains a gene, its sigma falls and the gene weighs more. With a
+    sigma fixed at 1 a thousand weak genes are dearer to explain than the KL that it costs, and the optimum
+    may be a z that says nothing (posterior collapse).
+
+    Parameters
+    ----------
+    transform
+        From cells to values of each gene, and back to shares.
+    loc, log_variance
+        Networks from the transformed counts to the moments of z.
+    decoder
+        Network from z to mu.
+    scale
+        sigma, or its start, (genes,).
+    prior
+        From cells to the prior of z.
+    learned_scale
+        Whether sigma is learned.
+
+    References
+    ----------
+    Kingma and Welling, Auto-encoding variational Bayes, 2014. Higgins et al., beta-VAE, 2017.
+    """
+
+    elbo = TraceMeanField_ELBO
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        transform: Transform,
+        loc: nn.Module,
+        log_variance: nn.Module,
+        decoder: nn.Module,
+        scale: torch.Tensor,
+        prior: nn.Module,
+        *,
+        learned_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.loc = loc
+        self.log_variance = log_variance
+        self.decoder = decoder
+        self.log_scale: torch.Tensor
+        if learned_scale:
+            self.log_scale = nn.Parameter(scale.log())
+        else:
+            self.register_buffer("log_scale", scale.log())
+        self.prior = prior
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        transform: str = "log",
+        scale: float | None = None,
+        n_latent: int = 6,
+        hidden: Sequence[int] = (128, 32, 16),
+        norm: str | None = "batch",
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> "GaussianVAE":
+        """Build a Gaussian VAE for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        transform
+            ``"log"``: log counts at a common library size, standardised; ``"pearson"``: analytic Pearson
+            residuals; ``"raw"``: the counts. See :mod:`pyrosc.transforms`.
+        scale
+            sigma of all genes, in units of the transformed counts. None: learned, of each gene.
+        n_latent, hidden, norm, dropout, seed
+            See :meth:`VAE.for_data`. Mean and scale of z have hidden layers of these widths each.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a number out of range.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        if scale is not None and not 0 < scale < math.inf:
+            msg = f"scale is a standard deviation above 0, or None, not {scale!r}"
+            raise ValueError(msg)
+        data = as_counts(data)
+        n = data.n_genes
+        with seeded(torch.device("cpu"), seed):
+            loc, log_variance = (_network(n, hidden, n_latent, norm, dropout) for _ in range(2))
+            vae = cls(
+                transform_of(transform, data),
+                loc,
+                log_variance,
+                _network(n_latent, hidden[::-1], n, norm, dropout),
+                torch.full((n,), 1.0 if scale is None else scale),
+                StandardNormal(n_latent),
+                learned_scale=scale is None,
+            )
+        vae.recipe, vae.schema = recipe, data.schema
+        return vae
+
+    def model(self, cells: Cells) -> None:
+        """Sample z and the transformed counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            mu = self.decoder(z)
+            pyro.deterministic("rho", self.transform.share(mu, cells), event_dim=1)
+            x = dist.Normal(mu, self.log_scale.exp())
+            pyro.sample("x", x.to_event(1), obs=self.transform(cells))
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            t = self.transform(cells)
+            moments = torch.cat([self.loc(t), self.log_variance(t)], -1)
+            pyro.sample("z", normal(moments).to_event(1))
+
+
+def _network(n_in: int, hidden: Sequence[int], n_out: int, norm: str | None, dropout: float) -> nn.Sequential:
+    body = MLP(n_in, hidden, norm=norm, dropout=dropout)
+    return nn.Sequential(body, nn.Linear(body.n_out, n_out))

@@ -1,0 +1,156 @@
+"""GMVAE: the variational autoencoder with a mixture of Gaussians for its clusters (scVAE)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from anndata import AnnData
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.library import library_of
+from pyrosc.likelihoods import Likelihood, likelihood_of
+from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.priors import Mixture
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+
+
+class GMVAE(nn.Module):
+    r"""Gaussian-mixture variational autoencoder of counts: scVAE (Gronbech 2020).
+
+    For cell n, in batch s, and gene g::
+
+        y_n   ~ Categorical(pi)                             the cell's cluster
+        z_n   ~ Normal(mu_y, diag sigma_y^2)                the cell's state
+        l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
+        rho_n = softmax(W f(z_n, s) + U s + b)              shares of the genes, rows sum to 1
+        x_ng  ~ NB(l_n rho_ng, theta_g)                     or Poisson, or either zero-inflated
+
+    and the guide is q(z given x) = Normal(mu(x), sigma(x)^2) and q(y given z) = p(y given z), by Bayes' rule.
+
+    y is summed out exactly: its sum is in the density of z, and the ELBO is that of the sum over y of
+    q(y given z) times the ELBO of each. So the decoder runs once for each z, and no draw of y is needed.
+    :func:`pyrosc.clusters` gives the probabilities of y, :func:`pyrosc.criticism.elbo` the parts of the ELBO.
+
+    Departures from scVAE: it has a network q(y given x) and a q(z given x, y) of each component, and decodes
+    each cell once a component; p(y given z) is the best q(y given z) that there is. The library size is
+    observed by default, and covariates enter as in :class:`VAE`.
+
+    Parameters
+    ----------
+    encoder
+        From cells to the distribution of z, (cells, latent).
+    decoder
+        From z and cells to features h and shares rho.
+    likelihood
+        From l rho, h and batches to the distribution of the counts.
+    library, library_encoder
+        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    prior
+        The mixture.
+
+    References
+    ----------
+    Gronbech et al., scVAE: variational auto-encoders for single-cell gene expression data, 2020.
+    Jiang et al., Variational deep embedding, 2017 (the guide).
+    """
+
+    elbo = TraceMeanField_ELBO
+    weight_decay = 5.0
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        library: nn.Module,
+        library_encoder: nn.Module,
+        prior: Mixture,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.library = library
+        self.library_encoder = library_encoder
+        self.prior = prior
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        n_components: int,
+        likelihood: str = "nb",
+        library: str = "observed",
+        dispersion: str = "gene",
+        proportions: str | Sequence[float] = "uniform",
+        n_latent: int = 10,
+        hidden: Sequence[int] = (128,),
+        norm: str | None = "batch",
+        dropout: float = 0.1,
+        encode_covariates: bool = False,
+        seed: int = 0,
+    ) -> "GMVAE":
+        """Build a GMVAE for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        n_components
+            Number of clusters.
+        proportions
+            pi: ``"uniform"``, ``"learned"``, or fixed numbers.
+        likelihood, library, dispersion, n_latent, hidden, norm, dropout, encode_covariates, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        data = as_counts(data)
+        seen = Covariates.for_data(data)
+        encoded = seen if encode_covariates else Covariates()
+        with seeded(torch.device("cpu"), seed):
+            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
+            decoder.start_at(torch.as_tensor(data.share))
+            gmvae = cls(
+                Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
+                decoder,
+                likelihood_of(
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
+                ),
+                *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
+                Mixture(n_components, n_latent, proportions),
+            )
+        gmvae.recipe, gmvae.schema = recipe, data.schema
+        return gmvae
+
+    def model(self, cells: Cells) -> None:
+        """Sample z, with y summed out, l and the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            pyro.deterministic("p_y", self.prior.responsibilities(z), event_dim=1)
+            l = pyro.sample("l", self.library(cells).to_event(1))
+            h, rho = self.decoder(z, cells)
+            rho = pyro.deterministic("rho", rho, event_dim=1)
+            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z and l given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", self.encoder(cells).to_event(1))
+            pyro.sample("l", self.library_encoder(cells).to_event(1))

@@ -1,0 +1,156 @@
+"""LDVAE: the variational autoencoder with a linear decoder, whose loadings can be read (linear scVI)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from anndata import AnnData
+from jaxtyping import Float
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.library import library_of
+from pyrosc.likelihoods import Likelihood, likelihood_of
+from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.priors import StandardNormal
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+
+
+class LDVAE(nn.Module):
+    r"""Linearly decoded variational autoencoder of counts: a factor model with an encoder (Svensson 2020).
+
+    For cell n, in batch s, and gene g::
+
+        z_n   ~ Normal(0, I)                                factors of the cell
+        l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
+        rho_n = softmax(W z_n + U s + b)                    shares of the genes, rows sum to 1
+        x_ng  ~ NB(l_n rho_ng, theta_g)                     or Poisson, or either zero-inflated
+
+    so that a gene's loading W_gk says by how much log rho_g rises, against other genes, with factor k. The
+    guide is a network, as in :class:`VAE`. :func:`pyrosc.loadings` gives W as a table.
+
+    Departures from the source: no batch normalisation of z (there is then nothing to fold into the
+    loadings), offsets and covariates enter the logits, and the library size is observed by default.
+
+    Parameters
+    ----------
+    encoder
+        From cells to the distribution of z, (cells, latent).
+    decoder
+        From z and cells to features h and shares rho; without hidden layers.
+    likelihood
+        From l rho, h and batches to the distribution of the counts.
+    library, library_encoder
+        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    prior
+        From cells to the prior of z, vectors of batch shape (cells,).
+
+    References
+    ----------
+    Svensson, Gayoso, Yosef and Pachter, Interpretable factor models of single-cell RNA-seq via variational
+    autoencoders, 2020.
+    """
+
+    elbo = TraceMeanField_ELBO
+    weight_decay = 5.0
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        library: nn.Module,
+        library_encoder: nn.Module,
+        prior: StandardNormal,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.library = library
+        self.library_encoder = library_encoder
+        self.prior = prior
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        likelihood: str = "nb",
+        library: str = "observed",
+        dispersion: str = "gene",
+        n_latent: int = 10,
+        hidden: Sequence[int] = (128,),
+        norm: str | None = "batch",
+        dropout: float = 0.1,
+        encode_covariates: bool = False,
+        seed: int = 0,
+    ) -> "LDVAE":
+        """Build an LDVAE for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        hidden, norm, dropout
+            Of the encoder.
+        likelihood, library, dispersion, n_latent, encode_covariates, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        data = as_counts(data)
+        seen = Covariates.for_data(data)
+        encoded = seen if encode_covariates else Covariates()
+        with seeded(torch.device("cpu"), seed):
+            decoder = Decoder(n_latent, data.n_genes, seen, ())
+            decoder.start_at(torch.as_tensor(data.share))
+            ldvae = cls(
+                Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
+                decoder,
+                likelihood_of(
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
+                ),
+                *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
+                StandardNormal(n_latent),
+            )
+        ldvae.recipe, ldvae.schema = recipe, data.schema
+        return ldvae
+
+    def model(self, cells: Cells) -> None:
+        """Sample z, l and the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            l = pyro.sample("l", self.library(cells).to_event(1))
+            h, rho = self.decoder(z, cells)
+            rho = pyro.deterministic("rho", rho, event_dim=1)
+            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z and l given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", self.encoder(cells).to_event(1))
+            pyro.sample("l", self.library_encoder(cells).to_event(1))
+
+    @property
+    def loadings(self) -> Float[Tensor, "genes latent"]:
+        """W: change of each gene's log share with each factor, natural log; its mean over genes, 0.
+
+        A shift common to all genes leaves the shares as they are, so it is taken off.
+        """
+        weight = self.decoder.logits.weight[:, : self.prior.n_latent].detach()
+        return weight - weight.mean(0)

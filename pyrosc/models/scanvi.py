@@ -1,0 +1,205 @@
+"""SCANVI: the semi-supervised variational autoencoder, in which some cells bring their labels (scANVI)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from jaxtyping import Float, Int
+from pyro.infer import TraceEnum_ELBO
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.library import library_of
+from pyrosc.likelihoods import Likelihood, likelihood_of
+from pyrosc.networks import MLP, Covariates, Decoder, Encoder, normal
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+
+
+class SCANVI(nn.Module):
+    r"""Semi-supervised variational autoencoder of counts: scANVI (Xu 2021), M1 + M2 of Kingma (2014).
+
+    For cell n, in batch s, and gene g::
+
+        y_n   ~ Categorical(1 / K)                          the cell's type; known of some cells
+        u_n   ~ Normal(0, I)                                what varies within the type
+        z_n   ~ Normal(m(u_n, y_n), v(u_n, y_n)^2)          the cell's state
+        l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
+        rho_n = softmax(W f(z_n, s) + U s + b)              shares of the genes, rows sum to 1
+        x_ng  ~ NB(l_n rho_ng, theta_g)                     or Poisson, or either zero-inflated
+
+    and the guide is q(z given x) q(y given z) q(u given z, y), where q(y given z), the classifier, is certain
+    of a label that is known. Types are enumerated in the ELBO, all in parallel; the decoder runs once.
+
+    The objective has a further term, `classification` times log q(y given z) of the known labels, in nats:
+    without it the ELBO of a labelled cell does not train the classifier (Kingma 2014, eq. 9). So it is the
+    ELBO plus that term. :func:`pyrosc.predict` gives the probabilities of the types.
+
+    Parameters
+    ----------
+    encoder
+        q(z given x), (cells, latent).
+    classifier
+        From z to logits of the types.
+    within_encoder, within_decoder
+        From z and y to the moments of u, and from u and y to those of z: (cells, 2 latent) each.
+    decoder
+        From z and cells to features h and shares rho.
+    likelihood
+        From l rho, h and batches to the distribution of the counts.
+    library, library_encoder
+        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    n_labels, n_latent
+        K, and the width of u and z.
+    classification
+        Weight of the further term.
+
+    References
+    ----------
+    Xu et al., Probabilistic harmonization and annotation of single-cell transcriptomics data with deep
+    generative models, 2021. Kingma, Rezende, Mohamed and Welling, Semi-supervised learning with deep
+    generative models, 2014.
+    """
+
+    elbo = TraceEnum_ELBO
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        classifier: nn.Module,
+        within_encoder: nn.Module,
+        within_decoder: nn.Module,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        library: nn.Module,
+        library_encoder: nn.Module,
+        n_labels: int,
+        n_latent: int,
+        classification: float,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = classifier
+        self.within_encoder = within_encoder
+        self.within_decoder = within_decoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.library = library
+        self.library_encoder = library_encoder
+        self.n_labels, self.n_latent, self.classification = n_labels, n_latent, classification
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        likelihood: str = "nb",
+        library: str = "observed",
+        dispersion: str = "gene",
+        classification: float = 50.0,
+        n_latent: int = 10,
+        hidden: Sequence[int] = (128,),
+        norm: str | None = "batch",
+        dropout: float = 0.1,
+        seed: int = 0,
+    ) -> "SCANVI":
+        """Build a SCANVI for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts with labels (:func:`~pyrosc.from_anndata` with `labels_key`); a cell without one is
+            unlabelled.
+        classification
+            Weight of the known labels' classification, in nats per cell; at least 0.
+        likelihood, library, dispersion, n_latent, hidden, norm, dropout, seed
+            See :meth:`VAE.for_data`. All networks have these hidden layers.
+
+        Raises
+        ------
+        ValueError
+            If the data have fewer than two labels, a name is unknown or a number out of range.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        data = as_counts(data)
+        n_labels = len(data.schema.labels)
+        if n_labels < 2:
+            msg = f"{n_labels} labels: give from_anndata a labels_key whose column has two or more"
+            raise ValueError(msg)
+        if not classification >= 0:
+            msg = f"classification is a weight of at least 0, not {classification!r}"
+            raise ValueError(msg)
+        seen = Covariates.for_data(data)
+
+        def network(n_in: int, n_out: int) -> nn.Sequential:
+            body = MLP(n_in, hidden, norm=None, dropout=dropout)
+            return nn.Sequential(body, nn.Linear(body.n_out, n_out))
+
+        with seeded(torch.device("cpu"), seed):
+            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
+            decoder.start_at(torch.as_tensor(data.share))
+            scanvi = cls(
+                Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
+                network(n_latent, n_labels),
+                network(n_latent + n_labels, 2 * n_latent),
+                network(n_latent + n_labels, 2 * n_latent),
+                decoder,
+                likelihood_of(
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
+                ),
+                *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
+                n_labels,
+                n_latent,
+                classification,
+            )
+        scanvi.recipe, scanvi.schema = recipe, data.schema
+        return scanvi
+
+    def model(self, cells: Cells) -> None:
+        """Sample y, u, z, l and the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            equal = cells.x.new_zeros(len(cells), self.n_labels)
+            y = pyro.sample("y", dist.Categorical(logits=equal))
+            zero = cells.x.new_zeros(self.n_latent)
+            u = pyro.sample("u", dist.Normal(zero, 1.0).to_event(1))
+            z = pyro.sample("z", normal(self.within_decoder(self._with_type(u, y))).to_event(1))
+            known = cells.labels >= 0
+            log_q = self.classifier(z).log_softmax(-1)
+            label = cells.labels.clamp_min(0).expand(log_q.shape[:-1]).unsqueeze(-1)
+            log_q = log_q.gather(-1, label).squeeze(-1)
+            pyro.factor("classification", self.classification * torch.where(known, log_q, 0.0))
+            l = pyro.sample("l", self.library(cells).to_event(1))
+            h, rho = self.decoder(z, cells)
+            rho = pyro.deterministic("rho", rho, event_dim=1)
+            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z given the counts, y given z or the label, and u given both; l given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.encoder(cells).to_event(1))
+            logits = self.classifier(z)
+            pyro.deterministic("p_y", logits.softmax(-1), event_dim=1)
+            certain = 60.0 * (one_hot(cells.labels.clamp_min(0), self.n_labels) - 0.5)
+            logits = torch.where((cells.labels >= 0).unsqueeze(-1), certain, logits)
+            y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            pyro.sample("u", normal(self.within_encoder(self._with_type(z, y))).to_event(1))
+            pyro.sample("l", self.library_encoder(cells).to_event(1))
+
+    def _with_type(
+        self, v: Float[Tensor, "*draws latent"], y: Int[Tensor, "*types"]
+    ) -> Float[Tensor, "*all both"]:
+        """Put the type, one-hot, beside a vector, whatever axes either has."""
+        y = one_hot(y, self.n_labels).to(v)
+        shape = torch.broadcast_shapes(v.shape[:-1], y.shape[:-1])
+        return torch.cat([v.expand(*shape, -1), y.expand(*shape, -1)], -1)

@@ -1,0 +1,282 @@
+"""VSC: variational sparse coding, an autoencoder whose code is mostly exact zeros."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from anndata import AnnData
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, kl_divergence
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.library import library_of
+from pyrosc.likelihoods import Likelihood, likelihood_of
+from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, trunk
+from pyrosc.priors import PseudoCells
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+from pyrosc.spike_slab import SpikeSlab
+
+
+class VSC(nn.Module):
+    r"""Variational sparse coding of counts (Tonolini 2019); with ``fit_svi(kl_weight=2.0)``, beta-VSC.
+
+    For cell n, in batch s, latent k and gene g::
+
+        z_nk  ~ (1 - alpha) delta_0 + alpha Normal(0, 1)    the cell's code: 0, or from the slab
+        l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
+        rho_n = softmax(W f(z_n, s) + U s + b)              shares of the genes, rows sum to 1
+        x_ng  ~ NB(l_n rho_ng, theta_g)                     or Poisson, or either zero-inflated
+
+    and the guide is spike-and-slab too, its three parameters read off the counts::
+
+        z_nk | x_n ~ (1 - gamma_nk) delta_0 + gamma_nk Normal(mu_nk, sigma_nk^2)
+
+    In training a draw is relaxed: nothing is exactly 0, and the relaxation sharpens step by step. In
+    evaluation zeros are exact. The KL is in closed form. :func:`pyrosc.inclusion` gives gamma.
+
+    Departures from the source: the likelihood is of counts, and gamma is the sigmoid of its logit.
+
+    Parameters
+    ----------
+    encoder
+        From cells to the distribution of z, (cells, latent).
+    decoder
+        From z and cells to features h and shares rho.
+    likelihood
+        From l rho, h and batches to the distribution of the counts.
+    library, library_encoder
+        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    prior
+        From cells to the prior of z, (cells, latent).
+
+    References
+    ----------
+    Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. Higgins et al., beta-VAE, 2017.
+    """
+
+    elbo = TraceMeanField_ELBO
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: Decoder,
+        likelihood: Likelihood,
+        library: nn.Module,
+        library_encoder: nn.Module,
+        prior: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = likelihood
+        self.library = library
+        self.library_encoder = library_encoder
+        self.prior = prior
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        likelihood: str = "nb",
+        library: str = "observed",
+        dispersion: str = "gene",
+        inclusion: float = 0.2,
+        prior: str = "fixed",
+        n_pseudo: int = 10,
+        n_latent: int = 6,
+        hidden: Sequence[int] = (128, 32),
+        branch: int = 16,
+        norm: str | None = "batch",
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> "VSC":
+        """Build a VSC for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        inclusion
+            alpha: prior probability that a number of the code is not 0.
+        prior
+            ``"fixed"``: as in the story. ``"pseudo"``: the source's, see :class:`PseudoInputPrior`.
+        n_pseudo
+            Pseudo-inputs of the latter.
+        hidden, branch
+            Widths of the encoder's common layers, and of the layer that mean, scale and inclusion have each
+            of their own. The decoder has them in reverse.
+        likelihood, library, dispersion, n_latent, norm, dropout, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown, or `inclusion` no probability.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        if not 0 < inclusion < 1:
+            msg = f"inclusion is a probability between 0 and 1, not {inclusion!r}"
+            raise ValueError(msg)
+        data = as_counts(data)
+        seen = Covariates.for_data(data)
+        with seeded(torch.device("cpu"), seed):
+            encoder = SpikeSlabEncoder(data.n_genes, n_latent, hidden, branch, norm=norm, dropout=dropout)
+            priors = {
+                "fixed": lambda: SpikeSlabPrior(n_latent, inclusion),
+                "pseudo": lambda: PseudoInputPrior(
+                    encoder, PseudoCells.for_data(data, n_pseudo, encoder), n_latent, inclusion
+                ),
+            }
+            if prior not in priors:
+                msg = f'prior must be "fixed" or "pseudo", not {prior!r}'
+                raise ValueError(msg)
+            widths = (branch, *hidden[::-1])
+            decoder = Decoder(n_latent, data.n_genes, seen, widths, norm=norm, dropout=dropout)
+            decoder.start_at(torch.as_tensor(data.share))
+            vsc = cls(
+                encoder,
+                decoder,
+                likelihood_of(
+                    likelihood,
+                    n_genes=data.n_genes,
+                    n_hidden=decoder.n_out,
+                    n_batches=len(data.schema.batches),
+                    dispersion=dispersion,
+                ),
+                *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
+                priors[prior](),
+            )
+        vsc.recipe, vsc.schema = recipe, data.schema
+        return vsc
+
+    def model(self, cells: Cells) -> None:
+        """Sample the code z, l and the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells).to_event(1))
+            l = pyro.sample("l", self.library(cells).to_event(1))
+            h, rho = self.decoder(z, cells)
+            rho = pyro.deterministic("rho", rho, event_dim=1)
+            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z and l given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", self.encoder(cells).to_event(1))
+            pyro.sample("l", self.library_encoder(cells).to_event(1))
+
+
+class SpikeSlabEncoder(nn.Module):
+    """q(z given x), spike-and-slab: common layers, then a branch each for mean, log scale and inclusion.
+
+    Parameters
+    ----------
+    n_genes, n_latent, hidden, branch, norm, dropout
+        See :meth:`VSC.for_data`.
+    """
+
+    START, END, STEPS = 50.0, 200.0, 1500
+    """Sharpness of the relaxed draws, and in how many steps of training it rises (Tonolini 2019)."""
+
+    sharpness: Tensor
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        hidden: Sequence[int],
+        branch: int,
+        *,
+        norm: str | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.body = trunk(n_genes, Covariates(), hidden, norm=norm, dropout=dropout)
+        self.loc, self.log_scale, self.logits = (
+            nn.Sequential(MLP(hidden[-1], (branch,), norm=norm, dropout=dropout), nn.Linear(branch, n_latent))
+            for _ in range(3)
+        )
+        self.register_buffer("sharpness", torch.tensor(self.START))
+
+    def forward(self, cells: Cells) -> SpikeSlab:
+        """Return SpikeSlab(loc, scale, logits), (cells, latent): relaxed in training, exact otherwise."""
+        if not self.training:
+            return self.exact(cells)
+        self.sharpness.add_((self.END - self.START) / self.STEPS).clamp_(max=self.END)
+        return self.exact(cells).relaxed(self.sharpness.clone())
+
+    def exact(self, cells: Cells) -> SpikeSlab:
+        """Return the distribution whose draws have exact zeros, (cells, latent)."""
+        h = self.body(cells)
+        scale = self.log_scale(h).clamp(-7, 7).exp()
+        return SpikeSlab(self.loc(h), scale, self.logits(h).clamp(-10, 10))
+
+
+class SpikeSlabPrior(nn.Module):
+    """p(z): each number is 0 with probability 1 - alpha, else from N(0, 1).
+
+    Parameters
+    ----------
+    n_latent
+        Width of z.
+    inclusion
+        alpha.
+    """
+
+    logits: Tensor
+
+    def __init__(self, n_latent: int, inclusion: float) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.full((n_latent,), inclusion).logit())
+
+    def forward(self, cells: Cells) -> SpikeSlab:
+        """Return the prior, (cells, latent)."""
+        zero = cells.x.new_zeros(len(cells), len(self.logits))
+        return SpikeSlab(zero, torch.ones_like(zero), self.logits)
+
+
+class PseudoInputPrior(nn.Module):
+    r"""p(z) of the source: the guide's posterior of a pseudo-cell that a classifier chooses for each cell.
+
+    The choice is a softmax of the cell's counts, and the pseudo-cell the weighted sum. The log density has a
+    further term, -J KL(Bernoulli(the pseudo-cells' mean inclusion) || Bernoulli(alpha)) for the J latents,
+    which keeps the pseudo-cells' codes sparse. A prior that looks at the cell is none: with it the objective
+    is not an ELBO, and its value can't be compared with that of other models.
+
+    Parameters
+    ----------
+    encoder
+        The guide's, shared with it.
+    pseudo
+        The pseudo-cells.
+    n_latent
+        J.
+    inclusion
+        alpha.
+
+    References
+    ----------
+    Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019, section 3.3.
+    """
+
+    def __init__(
+        self, encoder: SpikeSlabEncoder, pseudo: PseudoCells, n_latent: int, inclusion: float
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pseudo = pseudo
+        self.choice = CellsLinear(pseudo.raw.shape[1], len(pseudo.raw), Covariates())
+        self.n_latent, self.inclusion = n_latent, inclusion
+
+    def forward(self, cells: Cells) -> SpikeSlab:
+        """Return the prior of each cell, (cells, latent), and count the further term."""
+        of_all = self.encoder.exact(self.pseudo(cells)).inclusion.mean().clamp(1e-6, 1 - 1e-6)
+        sparse = kl_divergence(Bernoulli(of_all), Bernoulli(torch.full_like(of_all, self.inclusion)))
+        pyro.factor("sparsity", -self.n_latent * sparse)
+        return self.encoder.exact(self.pseudo(cells, self.choice(cells).softmax(-1)))

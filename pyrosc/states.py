@@ -1,0 +1,201 @@
+"""What a fit says of cells' clusters and codes, and of genes: clusters, predict, inclusion, loadings, ...
+
+Each reads a site, or a property of the program, that some models have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyrosc.asking import asked, draws, rows_of, run, seed_of
+from pyrosc.counts import Counts
+from pyrosc.reading import as_counts
+from pyrosc.spike_slab import SpikeSlab
+from pyrosc.svi import Fit
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Probabilities of each cell's cluster.
+
+    Attributes
+    ----------
+    probability : DataFrame of shape (cells, components)
+        Rows sum to 1.
+    entropy : Series of shape (cells,)
+        Of each row, in nats: 0 is certainty, log(components) none at all.
+    """
+
+    probability: pd.DataFrame
+    entropy: pd.Series
+
+    @property
+    def most_probable(self) -> pd.Series:
+        """Name of each cell's most probable cluster, a categorical Series."""
+        names = self.probability.columns
+        codes = self.probability.to_numpy().argmax(1)
+        return pd.Series(pd.Categorical.from_codes(codes, categories=names), self.probability.index)
+
+    def __repr__(self) -> str:
+        cells, components = self.probability.shape
+        used = self.most_probable.nunique()
+        return (
+            f"Clusters of {cells} cells: {used} of {components} are the most probable of a cell, "
+            f"mean entropy {self.entropy.mean():.2f} nats"
+        )
+
+
+def clusters(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int = 25,
+    *,
+    site: str = "p_y",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Clusters:
+    """Return the posterior probabilities of each cell's cluster y, averaged over draws of its state.
+
+    Parameters
+    ----------
+    fit
+        Of a model with clusters: :class:`~pyrosc.GMVAE`.
+    data, n_draws, parallel, seed
+        See :func:`draws`.
+    site
+        Name of the site of probabilities, (cells, components).
+
+    Raises
+    ------
+    KeyError
+        If the model has no clusters.
+    """
+    probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
+    probability /= probability.sum(1, keepdims=True)
+    names = as_counts(data, fit.schema).cell_names
+    of = fit.schema.labels
+    columns = list(of) if len(of) == probability.shape[1] else [str(i) for i in range(probability.shape[1])]
+    entropy = -np.where(probability > 0, probability * np.log(np.maximum(probability, 1e-300)), 0.0).sum(1)
+    return Clusters(pd.DataFrame(probability, names, columns), pd.Series(entropy, names, name="entropy"))
+
+
+def predict(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int = 25,
+    *,
+    site: str = "p_y",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Clusters:
+    """Return the probabilities of each cell's label, from its counts alone: a label it has is not looked at.
+
+    Parameters
+    ----------
+    fit
+        Of a model that knows labels: :class:`~pyrosc.SCANVI`.
+    data, n_draws, site, parallel, seed
+        See :func:`clusters`.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such site.
+    """
+    data = as_counts(data, fit.schema)
+    unlabelled = replace(data, labels=np.full(data.n_cells, -1))
+    return clusters(fit, unlabelled, n_draws, site=site, parallel=parallel, seed=seed)
+
+
+def inclusion(
+    fit: Fit, data: Counts | anndata.AnnData, *, site: str = "z", parallel: bool = True, seed: int = 0
+) -> np.ndarray:
+    """Return the posterior probability that each number of a cell's code is not 0.
+
+    Parameters
+    ----------
+    fit
+        Of a model with a sparse code: :class:`~pyrosc.VSC`.
+    data, parallel, seed
+        See :func:`draws`.
+    site
+        Name of the code's site.
+
+    Returns
+    -------
+    ndarray of shape (cells, latent)
+        float32.
+
+    Raises
+    ------
+    TypeError
+        If the guide's distribution of the site is not spike-and-slab.
+    """
+    data, parts = asked(fit, data), []
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
+        with fit.asking(seed_of(seed, i)):
+            guided, _ = run(fit, cells, 1, [], parallel=parallel)
+            q = guided[0].nodes[site]["fn"]
+        while isinstance(q, Independent):
+            q = q.base_dist
+        if not isinstance(q, SpikeSlab):
+            msg = f"the guide's {site!r} is {type(q).__name__}, whose draws are never 0: fit a VSC"
+            raise TypeError(msg)
+        parts.append(q.inclusion[0].cpu().numpy())
+    return np.concatenate(parts)
+
+
+def loadings(fit: Fit) -> pd.DataFrame:
+    """Return each gene's loading on each latent, natural log of the share per unit of z, (genes, latent).
+
+    Each column has mean 0 over the genes: shares don't tell a shift common to all.
+
+    Parameters
+    ----------
+    fit
+        Of :class:`~pyrosc.LDVAE`, or of another program with a property `loadings`.
+
+    Raises
+    ------
+    TypeError
+        If the program has none.
+    """
+    table = _property(fit, "loadings", "an LDVAE").cpu().numpy()
+    return pd.DataFrame(table, list(fit.schema.genes), [f"z{i}" for i in range(table.shape[1])])
+
+
+def zero_inflation(fit: Fit) -> pd.Series:
+    """Return the probability that each gene's counts are zero-inflated, (genes,).
+
+    Parameters
+    ----------
+    fit
+        Of :class:`~pyrosc.AutoZI`, or of another program with a property `zero_inflation`.
+
+    Raises
+    ------
+    TypeError
+        If the program has none.
+    """
+    probability = _property(fit, "zero_inflation", "an AutoZI").cpu().numpy()
+    return pd.Series(probability, list(fit.schema.genes), name="zero_inflation")
+
+
+def _property(fit: Fit, name: str, example: str) -> Tensor:
+    try:
+        return getattr(fit.program, name)
+    except AttributeError:
+        msg = f"{type(fit.program).__name__} has no {name}: fit {example}, or give the program the property"
+        raise TypeError(msg) from None
+
+
+def _mean(stream: Iterator[dict[str, Any]], site: str) -> np.ndarray:
+    """Return the mean over draws, (cells, ...)."""
+    return torch.cat([drawn[site].mean(0) for drawn in stream]).double().cpu().numpy()
