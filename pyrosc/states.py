@@ -80,8 +80,7 @@ def clusters(
     probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
     probability /= probability.sum(1, keepdims=True)
     names = as_counts(data, fit.schema).cell_names
-    of = fit.schema.labels
-    columns = list(of) if len(of) == probability.shape[1] else [str(i) for i in range(probability.shape[1])]
+    columns = [str(i) for i in range(probability.shape[1])]
     entropy = -np.where(probability > 0, probability * np.log(np.maximum(probability, 1e-300)), 0.0).sum(1)
     return Clusters(pd.DataFrame(probability, names, columns), pd.Series(entropy, names, name="entropy"))
 
@@ -108,10 +107,16 @@ def predict(
     ------
     KeyError
         If the model has no such site.
+    ValueError
+        If the site has as many probabilities as there are clusters, not labels.
     """
     data = as_counts(data, fit.schema)
     unlabelled = replace(data, labels=np.full(data.n_cells, -1))
-    return clusters(fit, unlabelled, n_draws, site=site, parallel=parallel, seed=seed)
+    found = clusters(fit, unlabelled, n_draws, site=site, parallel=parallel, seed=seed)
+    if len(found.probability.columns) != len(fit.schema.labels):
+        msg = f"{site!r} has probabilities of clusters, not of the fit's labels: ask with pyrosc.clusters"
+        raise ValueError(msg)
+    return replace(found, probability=found.probability.set_axis(list(fit.schema.labels), axis=1))
 
 
 def inclusion(

@@ -35,8 +35,9 @@ class AutoZI(nn.Module):
         x_ng    ~ NB(l_n rho_ng, theta_g) if m_ng, else ZINB(l_n rho_ng, theta_g, pi(z_n))
 
     m is summed out: that is a ZINB with dropout probability (1 - delta_g) pi_ng, and pi is at least
-    `least_dropout`, so that a gene can't be inflated by nothing. The guide's delta_g has a beta distribution
-    for each gene. :func:`pyrosc.zero_inflation` gives P(delta_g < 1/2).
+    `least_dropout`. Inflation by less is none: with a bound of .01, as in the source, counts of a few
+    thousand cells can't tell the two stories apart, and genes without inflation keep P near the prior's 1/2.
+    The guide's delta_g has a beta distribution for each gene. :func:`pyrosc.zero_inflation` gives P(delta_g < 1/2).
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ class AutoZI(nn.Module):
         library_encoder: nn.Module,
         prior: StandardNormal,
         concentration: tuple[float, float] = (0.5, 0.5),
-        least_dropout: float = 0.01,
+        least_dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -99,7 +100,7 @@ class AutoZI(nn.Module):
         library: str = "observed",
         dispersion: str = "gene",
         concentration: Sequence[float] = (0.5, 0.5),
-        least_dropout: float = 0.01,
+        least_dropout: float = 0.1,
         n_latent: int = 10,
         hidden: Sequence[int] = (128,),
         norm: str | None = "batch",

@@ -34,7 +34,8 @@ class GMVAE(nn.Module):
 
     y is summed out exactly: its sum is in the density of z, and the ELBO is that of the sum over y of
     q(y given z) times the ELBO of each. So the decoder runs once for each z, and no draw of y is needed.
-    :func:`pyrosc.clusters` gives the probabilities of y, :func:`pyrosc.criticism.elbo` the parts of the ELBO.
+    :func:`pyrosc.clusters` gives the probabilities of y, :func:`pyrosc.elbo` the parts of the ELBO. Mixtures
+    have local optima: fit with several seeds, and keep the one of the best validation loss.
 
     Departures from scVAE: it has a network q(y given x) and a q(z given x, y) of each component, and decodes
     each cell once a component; p(y given z) is the best q(y given z) that there is. The library size is
