@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -99,6 +99,8 @@ def _checked(problem: Problem, settings: dict[str, Any]) -> list[Tensor]:
     with seeded(first.device, settings["seed"]):
         cells = problem.train.cells(first)
         settings["plate_nesting"] = check_programs(problem.model, problem.guide, cells)
+    if isinstance(problem.elbo, TraceEnum_ELBO) and math.isinf(problem.elbo.max_plate_nesting):
+        problem.elbo.max_plate_nesting = settings["plate_nesting"]  # or Pyro runs the programs to find out
     own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)

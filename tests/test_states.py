@@ -33,9 +33,9 @@ def test_a_model_without_clusters_says_so(vae_fit, data):
 
 
 def test_clusters_are_no_labels(data):
-    with pytest.raises(ValueError, match="ask with pyrosc.clusters"):
-        two = GMVAE.for_data(data, n_components=2, n_latent=2, hidden=(8,))
-        pyrosc.predict(fit_svi(two, data, **QUICK), data)
+    fit = fit_svi(GMVAE.for_data(data, n_components=2, n_latent=2, hidden=(8,)), data, **QUICK)
+    with pytest.raises(ValueError, match=r"ask with pyrosc\.clusters"):
+        pyrosc.predict(fit, data)
 
 
 def test_predict_does_not_look_at_labels(rich):

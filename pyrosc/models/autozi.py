@@ -37,7 +37,8 @@ class AutoZI(nn.Module):
     m is summed out: that is a ZINB with dropout probability (1 - delta_g) pi_ng, and pi is at least
     `least_dropout`. Inflation by less is none: with a bound of .01, as in the source, counts of a few
     thousand cells can't tell the two stories apart, and genes without inflation keep P near the prior's 1/2.
-    The guide's delta_g has a beta distribution for each gene. :func:`pyrosc.zero_inflation` gives P(delta_g < 1/2).
+    The guide's delta_g has a beta distribution for each gene, and :func:`pyrosc.zero_inflation` gives
+    P(delta_g < 1/2).
 
     Parameters
     ----------
