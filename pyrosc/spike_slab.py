@@ -20,7 +20,9 @@ class SpikeSlab(TorchDistribution):
     log gamma + log N(z). Mean gamma mu, variance gamma (sigma^2 + mu^2) - gamma^2 mu^2.
 
     A draw is differentiable where `sharpness` is finite: with eta uniform on (0, 1) it is the slab's draw
-    times sigmoid(sharpness (eta - 1 + gamma)), which is not exactly 0 (Tonolini 2019, eq. 11).
+    times sigmoid(sharpness (logit eta + logit gamma)), a binary concrete draw, which is not exactly 0.
+    Tonolini 2019, eq. 11, has sigmoid(sharpness (eta - 1 + gamma)): where gamma is near 0 or 1 hardly any
+    eta has a gradient in it, unless the sharpness is so low that numbers with gamma = 0 leak.
 
     Parameters
     ----------
@@ -33,7 +35,8 @@ class SpikeSlab(TorchDistribution):
 
     References
     ----------
-    Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. No KL in closed form but of two
+    Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. Maddison, Mnih and Teh, The concrete
+    distribution, 2017. No KL in closed form but of two
     of these: that of the slabs times gamma, plus that of the two Bernoulli distributions.
     """
 
@@ -88,7 +91,7 @@ class SpikeSlab(TorchDistribution):
         """Draw, of shape ``sample_shape + batch_shape``."""
         shape = Size(sample_shape) + self.batch_shape
         slab = self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        above = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device) - 1 + self.inclusion
+        above = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).logit(1e-6) + self.logits
         return slab * (
             (above > 0).to(slab.dtype) if self.sharpness is None else (self.sharpness * above).sigmoid()
         )

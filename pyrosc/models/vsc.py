@@ -35,10 +35,12 @@ class VSC(nn.Module):
 
         z_nk | x_n ~ (1 - gamma_nk) delta_0 + gamma_nk Normal(mu_nk, sigma_nk^2)
 
-    In training a draw is relaxed: nothing is exactly 0, and the relaxation sharpens step by step. In
-    evaluation zeros are exact. The KL is in closed form. :func:`pyrosc.inclusion` gives gamma.
+    In training a draw is relaxed: nothing is exactly 0. In evaluation zeros are exact. The KL is in closed
+    form. :func:`pyrosc.inclusion` gives gamma.
 
-    Departures from the source: the likelihood is of counts, and gamma is the sigmoid of its logit.
+    Departures from the source: the likelihood is of counts; gamma is the sigmoid of its logit; relaxed draws
+    are binary concrete of one sharpness, see :class:`SpikeSlab`, not of one that rises from 50 to 200 in a
+    function of gamma; and there is no warm-up of the slab.
 
     Parameters
     ----------
@@ -181,8 +183,8 @@ class SpikeSlabEncoder(nn.Module):
         See :meth:`VSC.for_data`.
     """
 
-    START, END, STEPS = 50.0, 200.0, 1500
-    """Sharpness of the relaxed draws, and in how many steps of training it rises (Tonolini 2019)."""
+    SHARPNESS = 2.0
+    """Of the relaxed draws: one over the temperature of the binary concrete distribution."""
 
     sharpness: Tensor
 
@@ -202,14 +204,12 @@ class SpikeSlabEncoder(nn.Module):
             nn.Sequential(MLP(hidden[-1], (branch,), norm=norm, dropout=dropout), nn.Linear(branch, n_latent))
             for _ in range(3)
         )
-        self.register_buffer("sharpness", torch.tensor(self.START))
+        self.register_buffer("sharpness", torch.tensor(self.SHARPNESS))
 
     def forward(self, cells: Cells) -> SpikeSlab:
         """Return SpikeSlab(loc, scale, logits), (cells, latent): relaxed in training, exact otherwise."""
-        if not self.training:
-            return self.exact(cells)
-        self.sharpness.add_((self.END - self.START) / self.STEPS).clamp_(max=self.END)
-        return self.exact(cells).relaxed(self.sharpness.clone())
+        q = self.exact(cells)
+        return q.relaxed(self.sharpness) if self.training else q
 
     def exact(self, cells: Cells) -> SpikeSlab:
         """Return the distribution whose draws have exact zeros, (cells, latent)."""
