@@ -168,3 +168,26 @@ def transform_of(name: str, data: Counts) -> Any:
         msg = f'transform must be "log", "pearson" or "raw", not {name!r}'
         raise ValueError(msg)
     return transforms[name](data)
+
+
+def moments_of(transform: Any, data: Counts, n_cells: int = 1000) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each gene's transformed counts, over evenly spaced cells.
+
+    Parameters
+    ----------
+    transform
+        From cells to values.
+    data
+        Counts.
+    n_cells
+        Cells to take, at most.
+
+    Returns
+    -------
+    tuple of Tensor
+        Each (genes,); a gene that does not vary has sd 1.
+    """
+    some = data[np.linspace(0, data.n_cells - 1, min(n_cells, data.n_cells)).astype(int)]
+    values = transform(some.on("cpu").cells(torch.arange(some.n_cells)))
+    sd = values.std(0, correction=0)
+    return values.mean(0), torch.where(sd > 1e-3, sd, torch.ones_like(sd))

@@ -16,7 +16,7 @@ from pyrosc.networks import MLP
 from pyrosc.priors import Flat
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
-from pyrosc.transforms import Transform, transform_of
+from pyrosc.transforms import Transform, moments_of, transform_of
 
 
 class Autoencoder(nn.Module):
@@ -84,13 +84,17 @@ class Autoencoder(nn.Module):
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
         data = as_counts(data)
+        to_values = transform_of(transform, data)
         with seeded(torch.device("cpu"), seed):
             down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
             up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
+            last = nn.Linear(up.n_out, data.n_genes)
+            with torch.no_grad():
+                last.bias.copy_(moments_of(to_values, data)[0])
             autoencoder = cls(
-                transform_of(transform, data),
+                to_values,
                 nn.Sequential(down, nn.Linear(down.n_out, n_latent)),
-                nn.Sequential(up, nn.Linear(up.n_out, data.n_genes)),
+                nn.Sequential(up, last),
                 Flat(n_latent),
             )
         autoencoder.recipe, autoencoder.schema = recipe, data.schema

@@ -17,7 +17,7 @@ from pyrosc.networks import MLP, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
-from pyrosc.transforms import Transform, transform_of
+from pyrosc.transforms import Transform, moments_of, transform_of
 
 
 class GaussianVAE(nn.Module):
@@ -109,7 +109,8 @@ class GaussianVAE(nn.Module):
             ``"log"``: log counts at a common library size, standardised; ``"pearson"``: analytic Pearson
             residuals; ``"raw"``: the counts. See :mod:`pyrosc.transforms`.
         scale
-            sigma of all genes, in units of the transformed counts. None: learned, of each gene.
+            sigma of all genes, in units of the transformed counts. None: learned, of each gene, from its
+            standard deviation on.
         n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Mean and scale of z have hidden layers of these widths each.
 
@@ -123,15 +124,20 @@ class GaussianVAE(nn.Module):
             msg = f"scale is a standard deviation above 0, or None, not {scale!r}"
             raise ValueError(msg)
         data = as_counts(data)
-        n = data.n_genes
+        n, to_values = data.n_genes, transform_of(transform, data)
+        mean, sd = moments_of(to_values, data)
         with seeded(torch.device("cpu"), seed):
             loc, log_variance = (_network(n, hidden, n_latent, norm, dropout) for _ in range(2))
+            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
+            last = nn.Linear(up.n_out, n)
+            with torch.no_grad():
+                last.bias.copy_(mean)
             vae = cls(
-                transform_of(transform, data),
+                to_values,
                 loc,
                 log_variance,
-                _network(n_latent, hidden[::-1], n, norm, dropout),
-                torch.full((n,), 1.0 if scale is None else scale),
+                nn.Sequential(up, last),
+                sd if scale is None else torch.full_like(sd, scale),
                 StandardNormal(n_latent),
                 learned_scale=scale is None,
             )
