@@ -43,8 +43,11 @@ LIKELIHOODS = {
     "DCA": ["zinb", "nb"],
     "GaussianVAE": [None],
     "Autoencoder": [None],
+    "SCVIS": [None],
+    "VASC": [None],
+    "AutoImpute": [None],
 }
-NO_EVIDENCE = {"DCA", "GaussianVAE", "Autoencoder"}
+NO_EVIDENCE = {"DCA", "GaussianVAE", "Autoencoder", "SCVIS", "VASC", "AutoImpute"}
 LINE = "{model:12} {likelihood!s:8} seed {seed}  {shown:>9} nats/cell  {seconds:6.1f} s  {epochs} epochs"
 
 

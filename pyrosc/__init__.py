@@ -15,7 +15,20 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.differential import compare, differential_expression
 from pyrosc.evidence import LogLikelihood, elbo, log_likelihood
-from pyrosc.models import DCA, GMVAE, LDVAE, SCANVI, VAE, VSC, Autoencoder, AutoZI, GaussianVAE
+from pyrosc.models import (
+    DCA,
+    GMVAE,
+    LDVAE,
+    SCANVI,
+    SCVIS,
+    VAE,
+    VASC,
+    VSC,
+    Autoencoder,
+    AutoImpute,
+    AutoZI,
+    GaussianVAE,
+)
 from pyrosc.persist import load
 from pyrosc.posterior import Imputation, dropout_probability, impute, latent, posterior_predictive
 from pyrosc.reading import from_anndata
@@ -27,8 +40,11 @@ __all__ = [
     "GMVAE",
     "LDVAE",
     "SCANVI",
+    "SCVIS",
     "VAE",
+    "VASC",
     "VSC",
+    "AutoImpute",
     "AutoZI",
     "Autoencoder",
     "Cells",

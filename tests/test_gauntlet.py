@@ -16,9 +16,12 @@ from pyrosc import (
     GMVAE,
     LDVAE,
     SCANVI,
+    SCVIS,
     VAE,
+    VASC,
     VSC,
     Autoencoder,
+    AutoImpute,
     AutoZI,
     GaussianVAE,
     fit_svi,
@@ -100,6 +103,9 @@ CASES = {
         for transform in ("log", "pearson", "raw")
         for name, model in (("gaussian", GaussianVAE), ("autoencoder", Autoencoder))
     },
+    "scvis": made(SCVIS, hidden=(8,), perplexity=5.0),
+    "vasc": made(VASC, hidden=(8,)),
+    "autoimpute": made(AutoImpute, n_latent=2),
     "gaussian fixed scale": made(GaussianVAE, scale=1.0, n_latent=2, hidden=(8,)),
     "class": lambda data: (pairs.TwoMethods(data.n_genes), None),
     "class with pyro.module": lambda data: (pairs.TwoMethods(data.n_genes, register=True), None),
@@ -113,9 +119,9 @@ PER_CELL = {"autoguide of each cell"}
 TWICE = {"class", "class with pyro.module"}
 OURS = tuple(getattr(pyrosc.models, name) for name in pyrosc.models.__all__)
 # Their site "x" is of transformed counts: a density may be above 1, and a draw below 0.
-OF_VALUES = {name for name in CASES if name.startswith(("gaussian", "autoencoder"))}
+OF_VALUES = {name for name in CASES if name.startswith(("gaussian", "auto", "scvis")) and "zi" not in name}
 # No posterior, a code of each cell: draws are all alike.
-POINTS = {name for name in CASES if name.startswith(("dca", "autoencoder"))}
+POINTS = {name for name in CASES if name.startswith(("dca", "autoe", "autoimp"))}
 every_case = pytest.mark.parametrize("name", CASES)
 
 

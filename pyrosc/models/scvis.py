@@ -1,0 +1,217 @@
+"""SCVIS: a VAE with a Student-t likelihood whose plane keeps neighbours together, as t-SNE does."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from jaxtyping import Float
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.networks import MLP, normal
+from pyrosc.priors import StandardNormal
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+from pyrosc.transforms import Transform, moments_of, transform_of
+
+
+class SCVIS(nn.Module):
+    r"""Variational autoencoder for pictures: scvis (Ding 2018).
+
+    For cell n and gene g, with t(x) the transformed counts::
+
+        z_n     ~ Normal(0, I)                              a point of the plane
+        t(x)_ng ~ StudentT(nu_g, mu_g(z_n), sigma_g)        heavy tails: an outlier bends nothing
+
+    with nu_g and sigma_g parameters of the gene, and a guide of two moments. The objective has a further term,
+    `attraction` times the Kullback-Leibler divergence of the cells' similarities in the minibatch, p_ij by
+    t(x), from those in the plane, q_ij by a Student-t kernel of z, as in t-SNE. It is the ELBO less that term,
+    in nats per cell, so no bound of the likelihood: :func:`pyrosc.log_likelihood` leaves the term out.
+
+    Departures from the source: similarities and likelihood are of transformed counts, not of 100 principal
+    components; the moments of z share no layer with the decoder's.
+
+    Parameters
+    ----------
+    transform
+        From cells to values of each gene, and back to shares.
+    encoder, decoder
+        Networks from these to the moments of z, and from z to mu.
+    scale
+        Start of sigma, (genes,).
+    prior
+        From cells to the prior of z.
+    attraction
+        Weight of the further term, nats per cell.
+    perplexity
+        Effective number of a cell's neighbours.
+
+    References
+    ----------
+    Ding, Condon and Shah, Interpretable dimensionality reduction of single cell transcriptome data with deep
+    generative models, 2018.
+    """
+
+    elbo = TraceMeanField_ELBO
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self,
+        transform: Transform,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        scale: Float[Tensor, "genes"],
+        prior: StandardNormal,
+        attraction: float,
+        perplexity: float,
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.encoder = encoder
+        self.decoder = decoder
+        self.log_scale = nn.Parameter(scale.log())
+        self.raw_df = nn.Parameter(torch.full_like(scale, 5.0))
+        self.prior = prior
+        self.attraction, self.perplexity = attraction, perplexity
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        transform: str = "log",
+        attraction: float | None = None,
+        perplexity: float = 10.0,
+        n_latent: int = 2,
+        hidden: Sequence[int] = (128, 64, 32),
+        norm: str | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> "SCVIS":
+        """Build a scvis for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        transform
+            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.transforms`.
+        attraction
+            Weight of the neighbours, nats per cell; the number of genes by default, as the source has that of
+            its components.
+        perplexity
+            Effective number of a cell's neighbours in the minibatch, above 1.
+        n_latent, hidden, norm, dropout, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a number out of range.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        if not perplexity > 1 or (attraction is not None and not attraction >= 0):
+            msg = (
+                f"perplexity must be above 1 and attraction at least 0, not {perplexity!r} and {attraction!r}"
+            )
+            raise ValueError(msg)
+        data = as_counts(data)
+        to_values = transform_of(transform, data)
+        mean, sd = moments_of(to_values, data)
+        with seeded(torch.device("cpu"), seed):
+            down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
+            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
+            last = nn.Linear(up.n_out, data.n_genes)
+            with torch.no_grad():
+                last.bias.copy_(mean)
+            scvis = cls(
+                to_values,
+                nn.Sequential(down, nn.Linear(down.n_out, 2 * n_latent)),
+                nn.Sequential(up, last),
+                sd,
+                StandardNormal(n_latent),
+                data.n_genes if attraction is None else attraction,
+                perplexity,
+            )
+        scvis.recipe, scvis.schema = recipe, data.schema
+        return scvis
+
+    def model(self, cells: Cells) -> None:
+        """Sample z and the transformed counts; count the further term."""
+        t = self.transform(cells)
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            apart = divergence(similarities(t, self.perplexity), z)
+            pyro.factor("neighbours", -self.attraction * apart)
+            mu = self.decoder(z)
+            pyro.deterministic("rho", self.transform.share(mu, cells), event_dim=1)
+            x = dist.StudentT(1.0 + softplus(self.raw_df), mu, self.log_scale.exp())
+            pyro.sample("x", x.to_event(1), obs=t)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", normal(self.encoder(self.transform(cells))).to_event(1))
+
+
+def similarities(
+    t: Float[Tensor, "cells genes"], perplexity: float, n_steps: int = 30
+) -> Float[Tensor, "cells cells"]:
+    """Return p(j given i): a normal kernel of t, as wide for each cell as has this perplexity; rows sum to 1.
+
+    Parameters
+    ----------
+    t
+        Values, a row a cell.
+    perplexity
+        exp of each row's entropy; with few cells, as large as it can be.
+    n_steps
+        Halvings of the interval of the log width.
+    """
+    n = len(t)
+    if n == 1:
+        return t.new_zeros(1, 1)
+    with torch.no_grad():
+        squared = torch.cdist(t, t).square()
+        squared = squared / squared.mean()
+        itself = torch.eye(n, dtype=torch.bool, device=t.device)
+        low, high = t.new_full((n, 1), -15.0), t.new_full((n, 1), 15.0)
+        wanted = math.log(min(perplexity, n - 1))
+        for _ in range(n_steps):
+            middle = (low + high) / 2
+            log_p = (-squared * middle.exp()).masked_fill(itself, -torch.inf).log_softmax(1)
+            entropy = -(log_p.exp() * log_p.masked_fill(itself, 0.0)).sum(1, keepdim=True)
+            low, high = (
+                torch.where(entropy > wanted, middle, low),
+                torch.where(entropy > wanted, high, middle),
+            )
+        return log_p.exp()
+
+
+def divergence(
+    p: Float[Tensor, "cells cells"], z: Float[Tensor, "*draws cells latent"]
+) -> Float[Tensor, "*draws cells"]:
+    """Return each cell's KL of p from q(j given i), a Student-t kernel of z with one degree of freedom.
+
+    Parameters
+    ----------
+    p
+        Similarities, rows sum to 1.
+    z
+        Points.
+    """
+    n = len(p)
+    if n == 1:
+        return z.new_zeros(z.shape[:-1])
+    squared = (z.unsqueeze(-2) - z.unsqueeze(-3)).square().sum(-1)
+    itself = torch.eye(n, dtype=torch.bool, device=z.device)
+    log_q = (-torch.log1p(squared)).masked_fill(itself, -1e9).log_softmax(-1)
+    return (p * (p.clamp_min(1e-12).log() - log_q)).masked_fill(itself, 0.0).sum(-1)

@@ -1,0 +1,142 @@
+"""VASC: a VAE of scaled log counts with a layer that drops expression at random."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from anndata import AnnData
+from jaxtyping import Float
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts, Schema
+from pyrosc.networks import MLP, Dropout, normal
+from pyrosc.priors import StandardNormal
+from pyrosc.random import seeded
+from pyrosc.reading import as_counts
+
+
+class VASC(nn.Module):
+    r"""Variational autoencoder with a zero-inflation layer (Wang and Gu 2018).
+
+    For cell n and gene g, with t(x) = log(1 + x) divided by its largest in the cell::
+
+        z_n     ~ Normal(0, I)                              the cell's state
+        mu_ng   = sigmoid(f_g(z_n))
+        m_ng    ~ Bernoulli(exp(-mu_ng^2))                  dropout, more often where expression is low
+        t(x)_ng ~ Bernoulli(mu_ng (1 - m_ng))
+
+    In training m is drawn by Gumbel noise, relaxed at a `temperature`; otherwise its mean stands in its place.
+    t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no density of it, and the
+    objective no ELBO: its value compares nothing.
+
+    Parameters
+    ----------
+    encoder, decoder
+        Networks from t(x) to the moments of z, and from z to the logit of mu.
+    prior
+        From cells to the prior of z.
+    temperature
+        Of the relaxed draws of m, above 0.
+
+    References
+    ----------
+    Wang and Gu, VASC: dimension reduction and visualization of single-cell RNA-seq data by deep variational
+    autoencoder, 2018.
+    """
+
+    elbo = TraceMeanField_ELBO
+    recipe: dict[str, Any] | None = None
+    schema: Schema | None = None
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, prior: StandardNormal, temperature: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.prior = prior
+        self.temperature = temperature
+
+    @classmethod
+    def for_data(
+        cls,
+        data: Counts | AnnData,
+        *,
+        temperature: float = 0.5,
+        n_latent: int = 2,
+        hidden: Sequence[int] = (512, 128, 32),
+        norm: str | None = None,
+        dropout: float = 0.5,
+        seed: int = 0,
+    ) -> "VASC":
+        """Build a VASC for data from plain numbers.
+
+        Parameters
+        ----------
+        data
+            Counts, or an AnnData with counts in X.
+        temperature
+            Of the relaxed draws of dropout, above 0.
+        dropout
+            Probability that an input is dropped in training.
+        n_latent, hidden, norm, seed
+            See :meth:`VAE.for_data`.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a number out of range.
+        """
+        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        if not temperature > 0:
+            msg = f"temperature must be above 0, not {temperature!r}"
+            raise ValueError(msg)
+        data = as_counts(data)
+        with seeded(torch.device("cpu"), seed):
+            down = MLP(data.n_genes, hidden, norm=norm, dropout=0.0)
+            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=0.0)
+            vasc = cls(
+                nn.Sequential(Dropout(dropout), down, nn.Linear(down.n_out, 2 * n_latent)),
+                nn.Sequential(up, nn.Linear(up.n_out, data.n_genes)),
+                StandardNormal(n_latent),
+                temperature,
+            )
+        vasc.recipe, vasc.schema = recipe, data.schema
+        return vasc
+
+    def model(self, cells: Cells) -> None:
+        """Sample z and the scaled log counts."""
+        t, largest = scaled_log(cells)
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", self.prior(cells))
+            mu = torch.sigmoid(self.decoder(z))
+            # (A gene that is not expressed at all has the share of a millionth of a count.)
+            expected = torch.expm1(mu * largest) + 1e-6
+            pyro.deterministic("rho", expected / expected.sum(-1, keepdim=True), event_dim=1)
+            kept = (mu * (1 - self._dropped(mu))).clamp(1e-6, 1 - 1e-6)
+            pyro.sample("x", dist.Bernoulli(kept, validate_args=False).to_event(1), obs=t)
+
+    def guide(self, cells: Cells) -> None:
+        """Sample z given the counts."""
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", normal(self.encoder(scaled_log(cells)[0])).to_event(1))
+
+    def _dropped(self, mu: Float[Tensor, "*draws cells genes"]) -> Float[Tensor, "*draws cells genes"]:
+        """Return m: a relaxed draw in training, else its mean."""
+        p = torch.exp(-(mu**2)).clamp(1e-6, 1 - 1e-6)
+        if not self.training:
+            return p
+        uniform = torch.rand_like(p).clamp(1e-6, 1 - 1e-6)
+        return torch.sigmoid((p.logit() + uniform.logit()) / self.temperature)
+
+
+def scaled_log(cells: Cells) -> tuple[Float[Tensor, "cells genes"], Float[Tensor, "cells 1"]]:
+    """Return log(1 + x), each cell's divided by its largest, and these largest; 1 of an empty cell."""
+    log = torch.log1p(cells.x)
+    largest = log.amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return log / largest, largest
