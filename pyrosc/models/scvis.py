@@ -30,10 +30,10 @@ class SCVIS(nn.Module):
         z_n     ~ Normal(0, I)                              a point of the plane
         t(x)_ng ~ StudentT(nu_g, mu_g(z_n), sigma_g)        heavy tails: an outlier bends nothing
 
-    with nu_g and sigma_g parameters of the gene, and a guide of two moments. The objective has a further term,
-    `attraction` times the Kullback-Leibler divergence of the cells' similarities in the minibatch, p_ij by
-    t(x), from those in the plane, q_ij by a Student-t kernel of z, as in t-SNE. It is the ELBO less that term,
-    in nats per cell, so no bound of the likelihood: :func:`pyrosc.log_likelihood` leaves the term out.
+    with nu_g and sigma_g parameters of the gene, and a guide of two moments. The objective has a further
+    term, `attraction` times the Kullback-Leibler divergence of the cells' similarities in the minibatch, p_ij
+    by t(x), from those in the plane, q_ij by a Student-t kernel of z, as in t-SNE. It is the ELBO less that
+    term, in nats per cell, so no bound of the likelihood: :func:`pyrosc.log_likelihood` leaves the term out.
 
     Departures from the source: similarities and likelihood are of transformed counts, not of 100 principal
     components; the moments of z share no layer with the decoder's.

@@ -29,8 +29,8 @@ class VASC(nn.Module):
         m_ng    ~ Bernoulli(exp(-mu_ng^2))                  dropout, more often where expression is low
         t(x)_ng ~ Bernoulli(mu_ng (1 - m_ng))
 
-    In training m is drawn by Gumbel noise, relaxed at a `temperature`; otherwise its mean stands in its place.
-    t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no density of it, and the
+    In training m is drawn by Gumbel noise, relaxed at a `temperature`; otherwise its mean stands in its
+    place. t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no density of it, and the
     objective no ELBO: its value compares nothing.
 
     Parameters
