@@ -11,7 +11,6 @@ from pyro import poutine
 from pyro.distributions import MixtureSameFamily, Unit
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyrosc.asking import asked, check_draws, rows_of, run, seed_of
 from pyrosc.cells import Cells
@@ -117,9 +116,9 @@ def elbo(
     -------
     DataFrame of shape (cells, parts)
         In nats, a row for each cell: ``elbo``; ``reconstruction``, the log density of the observed sites;
-        ``kl_<site>``, in closed form where torch knows it. Where the prior of a site is a mixture, its KL is
-        split into ``kl_y``, of the component given the draw, and ``kl_<site>``, of the site given the
-        component. Sites outside the plate of cells, and terms that are no density, are left out.
+        ``kl_<site>``, log q less log p at the draws. Where the prior of a site is a mixture, its KL is split
+        into ``kl_y``, of the component given the draw, and ``kl_<site>``, of the site given the component.
+        Sites outside the plate of cells, and terms that are no density, are left out.
     """
     data = asked(fit, data)
     check_draws(n_draws)
@@ -151,10 +150,10 @@ def _parts(modelled: poutine.Trace, guided: poutine.Trace, cells: Cells) -> dict
         if p["is_observed"]:
             parts["reconstruction"] = parts["reconstruction"] + log_p
         elif (q := guided.nodes.get(name)) is not None:
-            try:
-                kl = _of_cells(p, kl_divergence(q["fn"], p["fn"]))
-            except NotImplementedError:
-                kl = _of_cells(q, q["unscaled_log_prob"]) - log_p
+            kl = _of_cells(q, q["unscaled_log_prob"]) - log_p
+            # An autoguide's site is a point at what an auxiliary site drew; the density is that one's.
+            if (u := guided.nodes.get(f"{name}_unconstrained")) is not None:
+                kl = kl + _of_cells(u, u["unscaled_log_prob"])
             if isinstance(p["fn"], MixtureSameFamily):
                 prior = p["fn"].mixture_distribution.logits
                 joint = prior + p["fn"].component_distribution.log_prob(q["value"].unsqueeze(-2))

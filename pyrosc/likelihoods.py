@@ -123,5 +123,8 @@ def likelihood_of(
     if name not in ("poisson", "nb", "zip", "zinb"):
         msg = f'likelihood must be "poisson", "nb", "zip" or "zinb", not {name!r}'
         raise ValueError(msg)
+    if name in ("poisson", "zip") and dispersion != "gene":
+        msg = f'a Poisson has no dispersion: leave it out, or give likelihood="nb"; got {dispersion!r}'
+        raise ValueError(msg)
     base = bases[dispersion]() if name in ("nb", "zinb") else Poisson()
     return ZeroInflated(base, n_hidden, n_genes) if name in ("zip", "zinb") else base

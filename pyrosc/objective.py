@@ -113,10 +113,16 @@ def _sampled(trace: poutine.Trace) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
-def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]:
+def kl_by_site(model: Program, guide: Program, cells: Cells, *, mean_field: bool = True) -> dict[str, float]:
     """Return the KL of each site that both programs sample, in nats per cell.
 
-    Analytic where torch knows it, else from one draw.
+    Parameters
+    ----------
+    model, guide, cells
+        The programs, and what to run them on.
+    mean_field
+        Whether no site of the guide depends on another: then in closed form where torch knows it. Else, and
+        where it does not, from one draw.
     """
     guided, modelled = traces(model, guide, cells)
     joint = any(name.startswith("_Auto") and name.endswith("_latent") for name in guided.nodes)
@@ -128,7 +134,7 @@ def kl_by_site(model: Program, guide: Program, cells: Cells) -> dict[str, float]
             continue
         p = modelled.nodes[name]
         try:
-            if isinstance(q["fn"], Delta):  # Pyro's KL of a Delta leaves out its density
+            if isinstance(q["fn"], Delta) or not mean_field:  # Pyro's KL of a Delta leaves out its density
                 raise NotImplementedError
             site = kl_divergence(q["fn"], p["fn"])
         except NotImplementedError:

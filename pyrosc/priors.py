@@ -1,7 +1,7 @@
 """Priors p(z) of the cells' state: modules from Cells to a distribution of vectors, batch shape (cells,)."""
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -79,19 +79,19 @@ class Mixture(nn.Module):
         self,
         n_components: int,
         n_latent: int,
-        proportions: str | Sequence[float] = "uniform",
+        proportions: Any = "uniform",
         spread: float = 1.0,
     ) -> None:
         super().__init__()
         self.loc = nn.Parameter(torch.randn(n_components, n_latent) * spread)
         self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
-        if proportions == "learned":
+        if isinstance(proportions, str) and proportions == "learned":
             self.logits = nn.Parameter(torch.zeros(n_components))
         else:
             uniform = np.ones(n_components)
-            given = uniform if proportions == "uniform" else np.asarray(proportions, dtype=object)
+            equal = isinstance(proportions, str) and proportions == "uniform"
             try:
-                given = given.astype(np.float64)
+                given = uniform if equal else np.asarray(proportions, dtype=np.float64)
                 fine = given.shape == (n_components,) and bool((given > 0).all() and np.isfinite(given).all())
             except (TypeError, ValueError):
                 fine = False
@@ -142,13 +142,16 @@ class PseudoCells(nn.Module):
         If the encoder has batch normalisation.
     """
 
+    start: Tensor
+
     def __init__(self, start: Float[Tensor, "components genes"], encoder: nn.Module) -> None:
         super().__init__()
         if any(isinstance(part, nn.BatchNorm1d) for part in encoder.modules()):
             msg = 'a prior of pseudo-cells takes no batch normalisation: give norm="layer" or None'
             raise ValueError(msg)
         start = start + 0.01
-        self.raw = nn.Parameter(start + torch.log(-torch.expm1(-start)))  # softplus gives back the counts
+        self.register_buffer("start", start + torch.log(-torch.expm1(-start)))  # softplus gives it back
+        self.change = nn.Parameter(torch.zeros_like(start))  # 0 is where weight decay draws it to
 
     @classmethod
     def for_data(cls, data: Counts, n_components: int, encoder: nn.Module) -> "PseudoCells":
@@ -158,7 +161,7 @@ class PseudoCells(nn.Module):
 
     def forward(self, cells: Cells, weights: Float[Tensor, "cells components"] | None = None) -> Cells:
         """Return the pseudo-cells, or their weighted sums, in place of the cells."""
-        x = softplus(self.raw)
+        x = softplus(self.start + self.change)
         x = x if weights is None else weights @ x
         none = cells.batch.new_zeros(len(x))
         return replace(

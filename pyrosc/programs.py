@@ -143,7 +143,7 @@ def check_all_found(loss: Tensor, known: list[Tensor]) -> None:
 def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
     """Return the estimator: as asked, as the program's attribute says, or Trace_ELBO."""
     chosen = getattr(program, "elbo", Trace_ELBO) if elbo is None else elbo
-    return chosen() if isinstance(chosen, type) else chosen
+    return chosen() if isinstance(chosen, type) else copy.copy(chosen)
 
 
 def device_of(device: str | torch.device) -> torch.device:

@@ -108,13 +108,16 @@ def predict(
     KeyError
         If the model has no such site.
     ValueError
-        If the site has as many probabilities as there are clusters, not labels.
+        If the program knows no labels.
     """
     data = as_counts(data, fit.schema)
     unlabelled = replace(data, labels=np.full(data.n_cells, -1))
     found = clusters(fit, unlabelled, n_draws, site=site, parallel=parallel, seed=seed)
-    if len(found.probability.columns) != len(fit.schema.labels):
-        msg = f"{site!r} has probabilities of clusters, not of the fit's labels: ask with pyrosc.clusters"
+    if getattr(fit.program, "n_labels", None) != len(found.probability.columns):
+        msg = (
+            f"{site!r} has probabilities of clusters, not of labels: ask with pyrosc.clusters (a program of "
+            "your own that knows labels says how many by its attribute `n_labels`)"
+        )
         raise ValueError(msg)
     return replace(found, probability=found.probability.set_axis(list(fit.schema.labels), axis=1))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -258,7 +258,8 @@ def _measured(problem: Problem, cells: Cells, settings: dict[str, Any]) -> dict[
     """Return the validation loss of cells and the KL of each site, in nats per cell, and their number."""
     cells = replace(cells, n_total=settings["n_train"])
     loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
-    kl = kl_by_site(problem.model, problem.guide, cells)
+    mean_field = isinstance(problem.elbo, TraceMeanField_ELBO)
+    kl = kl_by_site(problem.model, problem.guide, cells, mean_field=mean_field)
     return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
 
 

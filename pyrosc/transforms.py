@@ -50,10 +50,10 @@ class LogNormalised(nn.Module):
         """Read off the data: c, the median total, and moments. A gene that does not vary has s = 1."""
         target = float(np.median(data.library))
         size = target / np.maximum(data.library, 1)
-        log = data.x.multiply(size[:, None]).log1p().tocsr()
+        log = data.x.astype(np.float64).multiply(size[:, None]).log1p().tocsr()
         mean = np.asarray(log.mean(0)).ravel()
         sd = np.sqrt(np.maximum(np.asarray(log.power(2).mean(0)).ravel() - mean**2, 0))
-        sd[sd < 1e-6] = 1.0
+        sd[sd < 1e-4 * np.maximum(1, mean)] = 1.0
         return cls(target, torch.as_tensor(mean).float(), torch.as_tensor(sd).float())
 
     def forward(self, cells: Cells) -> Float[Tensor, "cells genes"]:

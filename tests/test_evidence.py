@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import pyrosc
-from pyrosc import GMVAE, VAE, fit_svi
+from pyrosc import GMVAE, SCANVI, VAE, fit_svi
 from pyrosc.objective import weighted_loss
 from pyrosc.programs import elbo_of
 
@@ -24,9 +24,11 @@ def loss_of(fit, data, n):
         lambda data: VAE.for_data(data, n_latent=2, hidden=(8,), library="latent"),
         lambda data: VAE.for_data(data, n_latent=2, hidden=(8,), prior="mixture", n_components=3),
         lambda data: GMVAE.for_data(data, n_components=3, n_latent=2, hidden=(8,)),
+        lambda data: SCANVI.for_data(data, classification=0.0, n_latent=2, hidden=(8,)),
     ],
 )
-def test_the_parts_are_those_of_the_loss(model, data):
+def test_the_parts_are_those_of_the_loss(model, rich):
+    data = type(rich)(**{**vars(rich), "labels": np.full(rich.n_cells, -1)})
     fit = fit_svi(model(data), data, **QUICK)
     table = pyrosc.elbo(fit, data, n_draws=100)
     kl = table.filter(like="kl_").sum(axis=1)

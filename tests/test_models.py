@@ -79,6 +79,9 @@ def test_gmvae_sums_over_its_components(rich):
         if name in ("z", "x", "l")
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # With any other q(y given z), and z from the same draw, it is lower.
+    other = np.random.default_rng(0).dirichlet(np.ones(4), len(z))
+    assert (log_p_x - q + (other * (joint - np.log(other))).sum(1) < found).all()
     np.testing.assert_allclose(modelled.nodes["p_y"]["value"], np.exp(log_q_y), rtol=1e-3, atol=1e-5)
 
 

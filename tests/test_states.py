@@ -33,7 +33,7 @@ def test_a_model_without_clusters_says_so(vae_fit, data):
 
 
 def test_clusters_are_no_labels(data):
-    fit = fit_svi(GMVAE.for_data(data, n_components=2, n_latent=2, hidden=(8,)), data, **QUICK)
+    fit = fit_svi(GMVAE.for_data(data, n_components=3, n_latent=2, hidden=(8,)), data, **QUICK)
     with pytest.raises(ValueError, match=r"ask with pyrosc\.clusters"):
         pyrosc.predict(fit, data)
 

@@ -30,6 +30,8 @@ class Autoencoder(nn.Module):
     plus log(pi) / 2 a gene. Its interval of any question is of no width, for it has no posterior.
     The site ``"x"`` is of transformed counts; ``"rho"`` is what mu stands for as shares.
 
+    It does not know of batches: a question's `batch` changes nothing.
+
     Parameters
     ----------
     transform

@@ -27,8 +27,11 @@ class AutoImpute(nn.Module):
         t(x)_ng ~ Normal(mu_g(z_n), 1/2)                    where x_ng > 0; zeros say nothing
 
     so the loss is the squared error of the positive counts, and what mu says of the zeros is the imputation.
-    A penalty on the weights (the attribute ``weight_decay``) is all that keeps mu from the identity. This is
-    no likelihood of the counts, since it leaves the zeros out, and no ELBO: its value compares nothing.
+    A penalty on the weights (the attribute ``weight_decay``), dropout and early stopping keep mu from the
+    identity. This is no likelihood of the counts, since it leaves the zeros out, and no ELBO: its value
+    compares nothing.
+
+    It does not know of batches: a question's `batch` changes nothing.
 
     Departures from the source: natural logarithms, and ReLU where it has sigmoids.
 

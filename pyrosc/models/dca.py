@@ -36,7 +36,9 @@ class DCA(nn.Module):
     ``"rho"`` is mu divided by its sum, and ``"l"`` that sum.
 
     Departures from the source: theta is the exponential of what a layer gives (there softplus), offsets start
-    at the genes' mean counts, and the likelihood is exact in float32 where the original's diverges.
+    at the genes' mean counts, the likelihood is exact in float32 where the original's diverges, and Adam has
+    the place of RMSprop, with gradients shortened to a norm of 5 (there each number to 5; the attribute
+    ``clip_norm``, ``math.inf`` for none). It does not know of batches.
 
     Parameters
     ----------

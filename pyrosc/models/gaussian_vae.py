@@ -35,6 +35,8 @@ class GaussianVAE(nn.Module):
     The site ``"x"`` is of transformed counts, and so are densities and posterior predictive draws: nats per
     cell can be compared among models of one transform only. ``"rho"`` is what mu stands for as shares.
 
+    It does not know of batches: a question's `batch` changes nothing.
+
     sigma_g is learned: where the decoder explains a gene, its sigma falls and the gene weighs more. With a
     sigma fixed at 1 a thousand weak genes are dearer to explain than the KL that it costs, and the optimum
     may be a z that says nothing (posterior collapse).
@@ -62,6 +64,7 @@ class GaussianVAE(nn.Module):
     elbo = TraceMeanField_ELBO
     recipe: dict[str, Any] | None = None
     schema: Schema | None = None
+    start: torch.Tensor
 
     def __init__(
         self,
@@ -79,11 +82,8 @@ class GaussianVAE(nn.Module):
         self.loc = loc
         self.log_variance = log_variance
         self.decoder = decoder
-        self.log_scale: torch.Tensor
-        if learned_scale:
-            self.log_scale = nn.Parameter(scale.log())
-        else:
-            self.register_buffer("log_scale", scale.log())
+        self.register_buffer("start", scale)
+        self.log_change = nn.Parameter(torch.zeros_like(scale)) if learned_scale else None
         self.prior = prior
 
     @classmethod
@@ -110,7 +110,7 @@ class GaussianVAE(nn.Module):
             residuals; ``"raw"``: the counts. See :mod:`pyrosc.transforms`.
         scale
             sigma of all genes, in units of the transformed counts. None: learned, of each gene, from its
-            standard deviation on.
+            standard deviation on, and at least a twentieth of that.
         n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Mean and scale of z have hidden layers of these widths each.
 
@@ -150,8 +150,9 @@ class GaussianVAE(nn.Module):
             z = pyro.sample("z", self.prior(cells))
             mu = self.decoder(z)
             pyro.deterministic("rho", self.transform.share(mu, cells), event_dim=1)
-            x = dist.Normal(mu, self.log_scale.exp())
-            pyro.sample("x", x.to_event(1), obs=self.transform(cells))
+            # At least a twentieth of the start: the density of a gene that does not vary has no bound.
+            change = 1.0 if self.log_change is None else self.log_change.clamp_min(-3).exp()
+            pyro.sample("x", dist.Normal(mu, self.start * change).to_event(1), obs=self.transform(cells))
 
     def guide(self, cells: Cells) -> None:
         """Sample z given the counts."""

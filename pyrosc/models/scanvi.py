@@ -38,7 +38,8 @@ class SCANVI(nn.Module):
 
     The objective has a further term, `classification` times log q(y given z) of the known labels, in nats:
     without it the ELBO of a labelled cell does not train the classifier (Kingma 2014, eq. 9). So it is the
-    ELBO plus that term. :func:`pyrosc.predict` gives the probabilities of the types.
+    ELBO plus that term. :func:`pyrosc.predict` gives the probabilities of the types. Of a cell with a label,
+    :func:`pyrosc.log_likelihood` is log p(x, y), not log p(x).
 
     Parameters
     ----------

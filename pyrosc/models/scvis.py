@@ -35,6 +35,8 @@ class SCVIS(nn.Module):
     by t(x), from those in the plane, q_ij by a Student-t kernel of z, as in t-SNE. It is the ELBO less that
     term, in nats per cell, so no bound of the likelihood: :func:`pyrosc.log_likelihood` leaves the term out.
 
+    It does not know of batches: a question's `batch` changes nothing.
+
     Departures from the source: similarities and likelihood are of transformed counts, not of 100 principal
     components; the moments of z share no layer with the decoder's.
 
@@ -62,6 +64,7 @@ class SCVIS(nn.Module):
     elbo = TraceMeanField_ELBO
     recipe: dict[str, Any] | None = None
     schema: Schema | None = None
+    start: Tensor
 
     def __init__(
         self,
@@ -77,7 +80,8 @@ class SCVIS(nn.Module):
         self.transform = transform
         self.encoder = encoder
         self.decoder = decoder
-        self.log_scale = nn.Parameter(scale.log())
+        self.register_buffer("start", scale)
+        self.log_change = nn.Parameter(torch.zeros_like(scale))
         self.raw_df = nn.Parameter(torch.full_like(scale, 5.0))
         self.prior = prior
         self.attraction, self.perplexity = attraction, perplexity
@@ -153,7 +157,9 @@ class SCVIS(nn.Module):
             pyro.factor("neighbours", -self.attraction * apart)
             mu = self.decoder(z)
             pyro.deterministic("rho", self.transform.share(mu, cells), event_dim=1)
-            x = dist.StudentT(1.0 + softplus(self.raw_df), mu, self.log_scale.exp())
+            # At least a twentieth of the start: the density of a gene that does not vary has no bound.
+            sigma = self.start * self.log_change.clamp_min(-3).exp()
+            x = dist.StudentT(1.0 + softplus(self.raw_df), mu, sigma)
             pyro.sample("x", x.to_event(1), obs=t)
 
     def guide(self, cells: Cells) -> None:
@@ -180,8 +186,8 @@ def similarities(
     if n == 1:
         return t.new_zeros(1, 1)
     with torch.no_grad():
-        squared = torch.cdist(t, t).square()
-        squared = squared / squared.mean()
+        squared = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").square()
+        squared = squared / squared.mean().clamp_min(1e-12)
         itself = torch.eye(n, dtype=torch.bool, device=t.device)
         low, high = t.new_full((n, 1), -15.0), t.new_full((n, 1), 15.0)
         wanted = math.log(min(perplexity, n - 1))

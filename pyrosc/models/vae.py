@@ -142,6 +142,9 @@ class VAE(nn.Module):
         data = as_counts(data)
         seen = Covariates.for_data(data)
         encoded = seen if encode_covariates else Covariates()
+        if prior == "vamp" and encode_covariates:
+            msg = "pseudo-cells have no covariates: with a VampPrior give encode_covariates=False"
+            raise ValueError(msg)
         with seeded(torch.device("cpu"), seed):
             decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
             decoder.start_at(torch.as_tensor(data.share))

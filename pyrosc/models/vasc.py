@@ -33,6 +33,8 @@ class VASC(nn.Module):
     place. t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no density of it, and the
     objective no ELBO: its value compares nothing.
 
+    It does not know of batches: a question's `batch` changes nothing.
+
     Parameters
     ----------
     encoder, decoder

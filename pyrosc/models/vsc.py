@@ -35,8 +35,9 @@ class VSC(nn.Module):
 
         z_nk | x_n ~ (1 - gamma_nk) delta_0 + gamma_nk Normal(mu_nk, sigma_nk^2)
 
-    In training a draw is relaxed: nothing is exactly 0. In evaluation zeros are exact. The KL is in closed
-    form. :func:`pyrosc.inclusion` gives gamma.
+    In training a draw is relaxed: nothing is exactly 0, and the loss, whose KL is that of exact draws, is no
+    bound. In evaluation zeros are exact, and the validation loss is the ELBO. :func:`pyrosc.inclusion` gives
+    gamma.
 
     Departures from the source: the likelihood is of counts; gamma is the sigmoid of its logit; relaxed draws
     are binary concrete of one sharpness, see :class:`SpikeSlab`, not of one that rises from 50 to 200 in a
@@ -123,8 +124,11 @@ class VSC(nn.Module):
             If a name is unknown, or `inclusion` no probability.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        if not 0 < inclusion < 1:
-            msg = f"inclusion is a probability between 0 and 1, not {inclusion!r}"
+        if not 0 < inclusion < 1 or not hidden:
+            msg = (
+                "inclusion is a probability between 0 and 1, and hidden names a layer at least, "
+                f"not {inclusion!r} and {hidden!r}"
+            )
             raise ValueError(msg)
         data = as_counts(data)
         seen = Covariates.for_data(data)
@@ -271,7 +275,7 @@ class PseudoInputPrior(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.pseudo = pseudo
-        self.choice = CellsLinear(pseudo.raw.shape[1], len(pseudo.raw), Covariates())
+        self.choice = CellsLinear(pseudo.start.shape[1], len(pseudo.start), Covariates())
         self.n_latent, self.inclusion = n_latent, inclusion
 
     def forward(self, cells: Cells) -> SpikeSlab:
