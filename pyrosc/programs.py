@@ -12,7 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
@@ -143,7 +143,10 @@ def check_all_found(loss: Tensor, known: list[Tensor]) -> None:
 def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
     """Return the estimator: as asked, as the program's attribute says, or Trace_ELBO."""
     chosen = getattr(program, "elbo", Trace_ELBO) if elbo is None else elbo
-    return chosen() if isinstance(chosen, type) else copy.copy(chosen)
+    if isinstance(chosen, type):
+        return chosen()
+    # (The fit sets the nesting of a TraceEnum_ELBO, which belongs to the caller.)
+    return copy.copy(chosen) if isinstance(chosen, TraceEnum_ELBO) else chosen
 
 
 def device_of(device: str | torch.device) -> torch.device:

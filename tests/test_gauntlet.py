@@ -105,7 +105,7 @@ CASES = {
     },
     "scvis": made(SCVIS, hidden=(8,), perplexity=5.0),
     "vasc": made(VASC, hidden=(8,)),
-    "autoimpute": made(AutoImpute, n_latent=2),
+    "autoimpute": made(AutoImpute, n_latent=2, hidden=(8,), norm="batch", dropout=0.0),
     "gaussian fixed scale": made(GaussianVAE, scale=1.0, n_latent=2, hidden=(8,)),
     "class": lambda data: (pairs.TwoMethods(data.n_genes), None),
     "class with pyro.module": lambda data: (pairs.TwoMethods(data.n_genes, register=True), None),

@@ -106,7 +106,8 @@ class DCA(nn.Module):
         likelihood
             ``"zinb"``, ``"nb"``, ``"zip"`` or ``"poisson"``.
         dispersion
-            ``"gene-cell"``: theta read off h (the source's "conditional"); ``"gene"`` (its "constant").
+            Of NB and ZINB. ``"gene-cell"``: theta read off h (the source's "conditional"); ``"gene"`` (its
+            "constant").
         hidden
             Widths of the layers; the middle one is the code.
         ridge
@@ -144,7 +145,7 @@ class DCA(nn.Module):
                     n_genes=data.n_genes,
                     n_hidden=decoder.n_out,
                     n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
+                    dispersion=dispersion if likelihood in ("nb", "zinb") else "gene",
                 ),
                 Flat(hidden[middle]),
                 ridge,

@@ -142,7 +142,7 @@ class SCVIS(nn.Module):
                 nn.Sequential(up, last),
                 sd,
                 StandardNormal(n_latent),
-                data.n_genes if attraction is None else attraction,
+                float(data.n_genes if attraction is None else attraction),
                 perplexity,
             )
         scvis.recipe, scvis.schema = recipe, data.schema
