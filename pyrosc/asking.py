@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
@@ -158,6 +159,13 @@ def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tenso
     drawn = site["is_observed"] and not site["infer"].get("_deterministic")
     value = site["fn"].sample() if drawn else site["value"]
     return cells_second(value.expand(site["fn"].batch_shape + site["fn"].event_shape), site)
+
+
+def innermost(distribution: Any) -> Any:
+    """Return the distribution whose rightmost axes were made one event."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def cells_second(value: Tensor, site: Any) -> Tensor:

@@ -114,6 +114,24 @@ class MLP(nn.Sequential):
         self.n_out = hidden[-1] if hidden else n_in
 
 
+def network(
+    n_in: int,
+    hidden: Sequence[int],
+    n_out: int,
+    *,
+    norm: str | None,
+    dropout: float,
+    start: Float[Tensor, "out"] | None = None,
+) -> nn.Sequential:
+    """Return an :class:`MLP` and a linear layer to `n_out` numbers; its offsets begin at `start`."""
+    body = MLP(n_in, hidden, norm=norm, dropout=dropout)
+    last = nn.Linear(body.n_out, n_out)
+    if start is not None:
+        with torch.no_grad():
+            last.bias.copy_(start)
+    return nn.Sequential(body, last)
+
+
 class Covariates(nn.Module):
     """Batch, categorical and continuous covariates of cells as one row of numbers each.
 

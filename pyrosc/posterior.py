@@ -14,9 +14,20 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Independent, constraints
+from torch.distributions import constraints
 
-from pyrosc.asking import asked, batch_code, cells_second, check_draws, draws, rows_of, run, seed_of, stream
+from pyrosc.asking import (
+    asked,
+    batch_code,
+    cells_second,
+    check_draws,
+    draws,
+    innermost,
+    rows_of,
+    run,
+    seed_of,
+    stream,
+)
 from pyrosc.counts import Counts
 from pyrosc.distributions import ZeroInflated
 from pyrosc.svi import Fit
@@ -256,8 +267,7 @@ def dropout_probability(
 
 def _dropout(counts: Any) -> Tensor:
     """Return P(dropout given a zero), (draws, cells, genes)."""
-    while isinstance(counts, Independent):
-        counts = counts.base_dist
+    counts = innermost(counts)
     if not isinstance(counts, ZeroInflated):
         msg = f'{type(counts).__name__} has no dropouts: fit a model with likelihood="zinb" or "zip"'
         raise TypeError(msg)

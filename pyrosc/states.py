@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 
-from pyrosc.asking import asked, draws, rows_of, run, seed_of
+from pyrosc.asking import asked, draws, innermost, rows_of, run, seed_of
 from pyrosc.counts import Counts
 from pyrosc.reading import as_counts
 from pyrosc.spike_slab import SpikeSlab
@@ -77,9 +76,10 @@ def clusters(
     KeyError
         If the model has no clusters.
     """
+    data = as_counts(data, fit.schema)
     probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
     probability /= probability.sum(1, keepdims=True)
-    names = as_counts(data, fit.schema).cell_names
+    names = data.cell_names
     columns = [str(i) for i in range(probability.shape[1])]
     entropy = -np.where(probability > 0, probability * np.log(np.maximum(probability, 1e-300)), 0.0).sum(1)
     return Clusters(pd.DataFrame(probability, names, columns), pd.Series(entropy, names, name="entropy"))
@@ -150,9 +150,7 @@ def inclusion(
     for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
         with fit.asking(seed_of(seed, i)):
             guided, _ = run(fit, cells, 1, [], parallel=parallel)
-            q = guided[0].nodes[site]["fn"]
-        while isinstance(q, Independent):
-            q = q.base_dist
+            q = innermost(guided[0].nodes[site]["fn"])
         if not isinstance(q, SpikeSlab):
             msg = f"the guide's {site!r} is {type(q).__name__}, whose draws are never 0: fit a VSC"
             raise TypeError(msg)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP
+from pyrosc.networks import MLP, network
 from pyrosc.priors import Flat
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -89,14 +89,12 @@ class Autoencoder(nn.Module):
         to_values = transform_of(transform, data)
         with seeded(torch.device("cpu"), seed):
             down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
-            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
-            last = nn.Linear(up.n_out, data.n_genes)
-            with torch.no_grad():
-                last.bias.copy_(moments_of(to_values, data)[0])
+            mean, _ = moments_of(to_values, data)
+            up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=mean)
             autoencoder = cls(
                 to_values,
                 nn.Sequential(down, nn.Linear(down.n_out, n_latent)),
-                nn.Sequential(up, last),
+                up,
                 Flat(n_latent),
             )
         autoencoder.recipe, autoencoder.schema = recipe, data.schema

@@ -11,7 +11,7 @@ from torch import nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP
+from pyrosc.networks import MLP, network
 from pyrosc.priors import Flat
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -92,15 +92,12 @@ class AutoImpute(nn.Module):
         data = as_counts(data)
         fitted = LogNormalised.for_data(data)
         with seeded(torch.device("cpu"), seed):
-            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
-            last = nn.Linear(up.n_out, data.n_genes)
-            with torch.no_grad():
-                last.bias.copy_(fitted.mean)
+            up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=fitted.mean)
             zero = torch.zeros(data.n_genes)
             autoimpute = cls(
                 LogNormalised(float(fitted.target), zero, torch.ones_like(zero)),
                 MLP(data.n_genes, (*hidden, n_latent), norm=norm, dropout=dropout),
-                nn.Sequential(up, last),
+                up,
                 Flat(n_latent),
             )
         autoimpute.recipe, autoimpute.schema = recipe, data.schema

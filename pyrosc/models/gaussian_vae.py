@@ -13,7 +13,7 @@ from torch import nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, normal
+from pyrosc.networks import network, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -127,16 +127,11 @@ class GaussianVAE(nn.Module):
         n, to_values = data.n_genes, transform_of(transform, data)
         mean, sd = moments_of(to_values, data)
         with seeded(torch.device("cpu"), seed):
-            loc, log_variance = (_network(n, hidden, n_latent, norm, dropout) for _ in range(2))
-            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
-            last = nn.Linear(up.n_out, n)
-            with torch.no_grad():
-                last.bias.copy_(mean)
             vae = cls(
                 to_values,
-                loc,
-                log_variance,
-                nn.Sequential(up, last),
+                network(n, hidden, n_latent, norm=norm, dropout=dropout),
+                network(n, hidden, n_latent, norm=norm, dropout=dropout),
+                network(n_latent, hidden[::-1], n, norm=norm, dropout=dropout, start=mean),
                 sd if scale is None else torch.full_like(sd, scale),
                 StandardNormal(n_latent),
                 learned_scale=scale is None,
@@ -160,8 +155,3 @@ class GaussianVAE(nn.Module):
             t = self.transform(cells)
             moments = torch.cat([self.loc(t), self.log_variance(t)], -1)
             pyro.sample("z", normal(moments).to_event(1))
-
-
-def _network(n_in: int, hidden: Sequence[int], n_out: int, norm: str | None, dropout: float) -> nn.Sequential:
-    body = MLP(n_in, hidden, norm=norm, dropout=dropout)
-    return nn.Sequential(body, nn.Linear(body.n_out, n_out))

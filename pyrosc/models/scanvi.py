@@ -16,7 +16,7 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP, Covariates, Decoder, Encoder, normal
+from pyrosc.networks import Covariates, Decoder, Encoder, network, normal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
 
@@ -139,18 +139,14 @@ class SCANVI(nn.Module):
             raise ValueError(msg)
         seen = Covariates.for_data(data)
 
-        def network(n_in: int, n_out: int) -> nn.Sequential:
-            body = MLP(n_in, hidden, norm=None, dropout=dropout)
-            return nn.Sequential(body, nn.Linear(body.n_out, n_out))
-
         with seeded(torch.device("cpu"), seed):
             decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
             decoder.start_at(torch.as_tensor(data.share))
             scanvi = cls(
                 Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
-                network(n_latent, n_labels),
-                network(n_latent + n_labels, 2 * n_latent),
-                network(n_latent + n_labels, 2 * n_latent),
+                network(n_latent, hidden, n_labels, norm=None, dropout=dropout),
+                network(n_latent + n_labels, hidden, 2 * n_latent, norm=None, dropout=dropout),
+                network(n_latent + n_labels, hidden, 2 * n_latent, norm=None, dropout=dropout),
                 decoder,
                 likelihood_of(
                     likelihood,

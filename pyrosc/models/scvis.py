@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, normal
+from pyrosc.networks import MLP, network, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -132,14 +132,11 @@ class SCVIS(nn.Module):
         mean, sd = moments_of(to_values, data)
         with seeded(torch.device("cpu"), seed):
             down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
-            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=dropout)
-            last = nn.Linear(up.n_out, data.n_genes)
-            with torch.no_grad():
-                last.bias.copy_(mean)
+            up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=mean)
             scvis = cls(
                 to_values,
                 nn.Sequential(down, nn.Linear(down.n_out, 2 * n_latent)),
-                nn.Sequential(up, last),
+                up,
                 sd,
                 StandardNormal(n_latent),
                 float(data.n_genes if attraction is None else attraction),
