@@ -21,6 +21,7 @@ from pyrosc.models import (
     LDVAE,
     SCANVI,
     SCVIS,
+    TOTALVI,
     VAE,
     VASC,
     VSC,
@@ -30,9 +31,16 @@ from pyrosc.models import (
     GaussianVAE,
 )
 from pyrosc.persist import load
-from pyrosc.posterior import Imputation, dropout_probability, impute, latent, posterior_predictive
+from pyrosc.posterior import (
+    Imputation,
+    dropout_probability,
+    impute,
+    impute_proteins,
+    latent,
+    posterior_predictive,
+)
 from pyrosc.reading import from_anndata
-from pyrosc.states import Clusters, clusters, inclusion, loadings, predict, zero_inflation
+from pyrosc.states import Clusters, clusters, foreground, inclusion, loadings, predict, zero_inflation
 from pyrosc.svi import Fit, fit_svi
 
 __all__ = [
@@ -41,6 +49,7 @@ __all__ = [
     "LDVAE",
     "SCANVI",
     "SCVIS",
+    "TOTALVI",
     "VAE",
     "VASC",
     "VSC",
@@ -64,8 +73,10 @@ __all__ = [
     "dropout_probability",
     "elbo",
     "fit_svi",
+    "foreground",
     "from_anndata",
     "impute",
+    "impute_proteins",
     "inclusion",
     "latent",
     "load",

@@ -29,6 +29,8 @@ class Cells:
         Codes of the categorical covariates.
     continuous : Tensor of shape (cells, covariates)
         Continuous covariates, in their own units.
+    proteins : Tensor of shape (cells, proteins)
+        Counts of surface proteins; -1 is one that was not measured.
     """
 
     x: Float[Tensor, "cells genes"]
@@ -38,6 +40,7 @@ class Cells:
     labels: Int[Tensor, "cells"]
     categorical: Int[Tensor, "cells categorical"]
     continuous: Float[Tensor, "cells continuous"]
+    proteins: Float[Tensor, "cells proteins"]
 
     @property
     def library(self) -> Float[Tensor, "cells 1"]:
@@ -69,6 +72,7 @@ class Resident:
     labels: Int[Tensor, "n"]
     categorical: Int[Tensor, "n categorical"]
     continuous: Float[Tensor, "n continuous"]
+    proteins: Float[Tensor, "n proteins"]
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -91,11 +95,12 @@ class Resident:
             labels=self.labels[rows],
             categorical=self.categorical[rows],
             continuous=self.continuous[rows],
+            proteins=self.proteins[rows],
         )
 
     def take(self, rows: Int[Tensor, "m"]) -> "Resident":
         """Return some of the cells; their entries are shared, not copied."""
-        per_cell = ("start", "stop", "batch", "labels", "categorical", "continuous")
+        per_cell = ("start", "stop", "batch", "labels", "categorical", "continuous", "proteins")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_cell})
 
     @cached_property

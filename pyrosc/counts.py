@@ -28,6 +28,10 @@ class Schema:
         Categories of each categorical covariate.
     continuous : tuple of str
         Names of the continuous covariates.
+    protein_key : str or None
+        Where in ``obsm`` the counts of proteins were found.
+    proteins : tuple of str
+        Names of the proteins (none without a key).
     """
 
     genes: tuple[str, ...]
@@ -38,6 +42,8 @@ class Schema:
     labels: tuple[str, ...] = ()
     categorical: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     continuous: tuple[str, ...] = ()
+    protein_key: str | None = None
+    proteins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +62,8 @@ class Counts:
     categorical : ndarray of shape (cells, covariates)
         Codes into ``schema.categorical``.
     continuous : ndarray of shape (cells, covariates)
+    proteins : ndarray of shape (cells, proteins)
+        Counts of surface proteins, float32; -1 is one that was not measured.
     schema : Schema
     """
 
@@ -66,6 +74,7 @@ class Counts:
     labels: np.ndarray
     categorical: np.ndarray
     continuous: np.ndarray
+    proteins: np.ndarray
     schema: Schema
 
     @property
@@ -99,6 +108,7 @@ class Counts:
         parts += [f"{len(s.batches)} batches by {s.batch_key!r}"] * (s.batch_key is not None)
         parts += [f"{len(s.labels)} labels by {s.labels_key!r}"] * (s.labels_key is not None)
         parts += [f"covariates {[*s.categorical, *s.continuous]}"] * bool([*s.categorical, *s.continuous])
+        parts += [f"{len(s.proteins)} proteins in {s.protein_key!r}"] * (s.protein_key is not None)
         return f"Counts({', '.join(parts)})"
 
     def __getitem__(self, rows: np.ndarray | Sequence[int] | slice) -> "Counts":
@@ -113,6 +123,7 @@ class Counts:
             labels=self.labels[rows],
             categorical=self.categorical[rows],
             continuous=self.continuous[rows],
+            proteins=self.proteins[rows],
         )
 
     def on(self, device: torch.device | str) -> Resident:
@@ -133,12 +144,14 @@ class Counts:
             labels=to(self.labels, torch.int64),
             categorical=to(self.categorical, torch.int64),
             continuous=to(self.continuous, torch.float32),
+            proteins=to(self.proteins, torch.float32),
         )
 
     def like(self, schema: Schema) -> "Counts":
         """Return these counts in the order and the codes of another schema (that of a fit).
 
-        Genes are matched by name and reordered; genes that the fit does not know are left out.
+        Genes and proteins are matched by name and reordered; those that the fit does not know are left out.
+        Proteins that are missing here were not measured.
 
         Raises
         ------
@@ -184,8 +197,18 @@ class Counts:
             labels=labels,
             categorical=columns(categorical, self.n_cells, np.int64),
             continuous=columns(continuous, self.n_cells, np.float32),
+            proteins=columns(
+                [self._protein(name) for name in schema.proteins],
+                self.n_cells,
+                np.float32,
+            ),
             schema=schema,
         )
+
+    def _protein(self, name: str) -> np.ndarray:
+        """Return the counts of a protein, (cells,); -1 of one that this data lacks."""
+        mine = self.schema.proteins
+        return self.proteins[:, mine.index(name)] if name in mine else np.full(self.n_cells, -1.0)
 
 
 def columns(columns: Sequence[np.ndarray], n: int, dtype: Any) -> np.ndarray:

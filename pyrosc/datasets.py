@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_matrix
 from scipy.special import expit, logit, softmax
 
-__all__ = ["pbmc68k_reduced", "simulate"]
+__all__ = ["pbmc68k_reduced", "simulate", "simulate_proteins"]
 
 # One random stream per idea, so that asking for a second batch changes neither types nor libraries. Append
 # only: a stream's bits follow from its place.
@@ -301,6 +301,76 @@ def _gene_table(
         columns["is_de_condition"] = (h != 0).any(axis=0)
         columns |= {f"log2_fold_change_condition_{i}": row for i, row in enumerate(h) if i > 0}
     return pd.DataFrame(columns, index=[f"gene_{i}" for i in range(len(base))])
+
+
+def simulate_proteins(
+    adata: AnnData,
+    n_proteins: int = 12,
+    *,
+    background_mean: Number = 10.0,
+    background_sd: Number = 0.5,
+    fold_change: Number = 20.0,
+    inverse_dispersion: Number = 10.0,
+    unmeasured_batches: Sequence[str] = (),
+    seed: int = 0,
+) -> AnnData:
+    r"""Give simulated cells counts of surface proteins, of a known truth.
+
+    For cell n of type k, and protein t::
+
+        v_kt    ~ Bernoulli(1/2), but each protein is in some type and not in another
+        beta_nt ~ LogNormal(log(background_mean), background_sd^2)
+        y_nt    ~ NB(beta_nt fold_change^v_kt, inverse_dispersion)
+
+    Parameters
+    ----------
+    adata
+        Of :func:`simulate`, with two or more types. It is left as it was.
+    n_proteins
+        At least 1.
+    background_mean, background_sd
+        Median of the background, in counts, and the sd of its natural log.
+    fold_change
+        Mean of the foreground over the background.
+    inverse_dispersion
+        See :func:`simulate`.
+    unmeasured_batches
+        Names of batches in which no protein was measured.
+    seed
+        At least 0.
+
+    Returns
+    -------
+    AnnData
+        A copy, with DataFrames (cells, proteins) in ``obsm``: "protein_expression", counts, -1 where not
+        measured; "protein_foreground", v, boolean; "protein_background", beta, counts.
+
+    Raises
+    ------
+    ValueError
+        If there is one type only, or no batch of a name.
+    """
+    types, batches = adata.obs["cell_type"].cat, adata.obs["batch"].cat
+    if len(types.categories) < 2 or set(unmeasured_batches) - set(batches.categories):
+        msg = (
+            f"simulate_proteins needs two types, not {len(types.categories)}, and names of batches among "
+            f"{list(batches.categories)}, not {list(unmeasured_batches)}"
+        )
+        raise ValueError(msg)
+    rng = np.random.default_rng(seed)
+    v = rng.random((len(types.categories), n_proteins)) < 0.5
+    order = rng.permuted(np.tile(np.arange(len(v)), (n_proteins, 1)), axis=1)
+    v[order[:, 0], np.arange(n_proteins)], v[order[:, 1], np.arange(n_proteins)] = True, False
+    v = v[types.codes]
+    beta = rng.lognormal(np.log(background_mean), background_sd, v.shape)
+    mean = beta * np.where(v, fold_change, 1.0)
+    y = rng.poisson(rng.gamma(inverse_dispersion, mean / inverse_dispersion)).astype(np.float32)
+    y[adata.obs["batch"].isin(unmeasured_batches)] = -1
+    names = [f"protein_{i}" for i in range(n_proteins)]
+    copy = adata.copy()
+    for key, values in (("expression", y), ("foreground", v), ("background", beta)):
+        copy.obsm[f"protein_{key}"] = pd.DataFrame(values, adata.obs_names, names)
+    return copy
 
 
 def pbmc68k_reduced() -> AnnData:

@@ -463,6 +463,9 @@ def _polynomial(x: Tensor, *coefficients: float) -> Tensor:
 
 # Evaluating them.
 
+SMALL = 2**15
+"""Entries up to which a density is evaluated at all of them, instead of looking up the positive counts."""
+
 
 def _log_prob(density: Density, batch_shape: Size, value: Tensor, *parameters: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
@@ -480,7 +483,8 @@ class _ClosedForm(torch.autograd.Function):
         ctx.wanted, ctx.shapes = ctx.needs_input_grad[2:], [p.shape for p in parameters]
         shape = torch.broadcast_shapes(value.shape, *ctx.shapes)
         zeros = [y.expand(shape) for y in _evaluate(at_zero(*parameters), ctx.wanted)]
-        if value.is_cuda:  # a lookup would have CUDA wait for the host, and no CUDA graph could hold it
+        # A lookup would have CUDA wait for the host, and no recording of a step can hold it.
+        if value.is_cuda or shape.numel() <= SMALL:
             counts = _evaluate(at_count(*map(_widen, (value, *parameters))), ctx.wanted)
             terms = [torch.where(value == 0, y, at.to(y.dtype)) for y, at in zip(zeros, counts, strict=True)]
         else:

@@ -187,6 +187,7 @@ def _stand_in(schema: Schema) -> Counts:
         labels=np.full(n, -1),
         categorical=np.zeros((n, len(schema.categorical)), np.int64),
         continuous=np.zeros((n, len(schema.continuous)), np.float32),
+        proteins=np.ones((n, len(schema.proteins)), np.float32),
         schema=schema,
     )
 

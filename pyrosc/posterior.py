@@ -1,9 +1,9 @@
-"""Questions about cells put to a Fit: latent, impute, posterior_predictive, dropout_probability.
+"""Questions about cells put to a Fit: latent, impute, impute_proteins, posterior_predictive, ...
 
 Site names are known here, models are not. Each summarises the stream of :func:`pyrosc.draws`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,34 +154,106 @@ def impute(
     if library is not None and (what != "count" or not library > 0):
         msg = f'library, a number of counts above 0, goes with what="count"; got {library!r} with {what!r}'
         raise ValueError(msg)
-    if not 0 < interval < 1:
-        msg = f"interval is a probability between 0 and 1, not {interval!r}"
-        raise ValueError(msg)
+    _check_interval(interval)
     check_draws(n_draws)
     data, columns = asked(fit, data), torch.as_tensor(_columns(fit, data, genes), device=fit.device)
-    codes = range(len(fit.schema.batches)) if batch == "average" else [batch_code(fit, batch)]
     own = what == "count" and library is None
-    tail = (1 - interval) / 2
-    done, summary = 0, np.empty((4, data.n_cells, len(columns)), np.float32)
-    streamed = stream(fit, data, (site,), n_draws, list(codes), parallel=parallel, seed=seed, library=own)
-    for cells, drawn in streamed:
-        rho = drawn[site].mean(0)[..., columns]
-        if own:
-            l = drawn["l"].mean(0) if "l" in drawn else cells.library
-            value = rho * (l if l.shape[-1:] == (1,) else l[..., None])  # l is (draws, cells) or has one more
-        else:
-            value = rho * (library or 1.0)
-        mean = value.mean(0)
-        parts = (mean, _sd(value, mean), _low_quantile(value, tail), -_low_quantile(-value, tail))
-        summary[:, done : done + len(cells)] = torch.stack(parts).cpu().numpy()
-        done += len(cells)
+    codes = _codes(fit, batch)
+    streamed = stream(fit, data, (site,), n_draws, codes, parallel=parallel, seed=seed, library=own)
+
+    def values() -> Iterator[Tensor]:
+        for cells, drawn in streamed:
+            rho = drawn[site].mean(0)[..., columns]
+            if own:
+                l = drawn["l"].mean(0) if "l" in drawn else cells.library
+                yield rho * (l if l.shape[-1:] == (1,) else l[..., None])  # (draws, cells), or has one more
+            else:
+                yield rho * (library or 1.0)
+
     units = {
         "share": "share of the cell's counts",
         "count": f"counts at library size {library or 'of the cell'}",
     }
     names = np.array(fit.schema.genes)[columns.cpu().numpy()]
+    return _imputation(values(), units[what], interval, data.cell_names, names)
+
+
+def impute_proteins(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    *,
+    batch: str | int | None = None,
+    n_draws: int = 50,
+    interval: float = 0.9,
+    site: str = "protein_mean",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Imputation:
+    """Return the posterior mean, sd and interval of each cell's proteins, without the background.
+
+    Parameters
+    ----------
+    fit
+        Of :class:`~pyrosc.TOTALVI`.
+    data, n_draws, parallel, seed
+        See :func:`draws`. A protein that was not measured is told from the genes.
+    batch
+        Name of a batch: counts as if measured there, which matters where a batch has no proteins.
+        ``"average"``: the mean over all batches. By default the cell's own.
+    interval
+        See :func:`impute`.
+    site
+        Name of the site of the proteins' means.
+
+    Returns
+    -------
+    Imputation
+        In counts; `gene_names` are names of proteins.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such site.
+    ValueError
+        If the batch is unknown, or a number is out of range.
+    """
+    _check_interval(interval)
+    check_draws(n_draws)
+    data = asked(fit, data)
+    streamed = stream(fit, data, (site,), n_draws, _codes(fit, batch), parallel=parallel, seed=seed)
+    values = (drawn[site].mean(0) for _, drawn in streamed)
+    names = np.array(fit.schema.proteins)
+    return _imputation(values, "counts of proteins without background", interval, data.cell_names, names)
+
+
+def _check_interval(interval: float) -> None:
+    if not 0 < interval < 1:
+        msg = f"interval is a probability between 0 and 1, not {interval!r}"
+        raise ValueError(msg)
+
+
+def _codes(fit: Fit, batch: str | int | None) -> list[int | None]:
+    """Return the codes of the batches to decode in; ``"average"`` is all."""
+    return list(range(len(fit.schema.batches))) if batch == "average" else [batch_code(fit, batch)]
+
+
+def _imputation(
+    values: Iterator[Float[Tensor, "draws _ genes"]],
+    unit: str,
+    interval: float,
+    cell_names: np.ndarray,
+    names: np.ndarray,
+) -> Imputation:
+    """Summarise draws, some cells at a time."""
+    tail = (1 - interval) / 2
+    done, summary = 0, np.empty((4, len(cell_names), len(names)), np.float32)
+    for value in values:
+        mean = value.mean(0)
+        parts = (mean, _sd(value, mean), _low_quantile(value, tail), -_low_quantile(-value, tail))
+        summary[:, done : done + len(mean)] = torch.stack(parts).cpu().numpy()
+        done += len(mean)
     center, sd, low, high = summary
-    return Imputation(center, sd, low, high, units[what], interval, data.cell_names, names)
+    return Imputation(center, sd, low, high, unit, interval, cell_names, names)
 
 
 def posterior_predictive(

@@ -172,6 +172,7 @@ class PseudoCells(nn.Module):
             labels=none - 1,
             categorical=cells.categorical.new_zeros(len(x), cells.categorical.shape[1]),
             continuous=cells.continuous.new_zeros(len(x), cells.continuous.shape[1]),
+            proteins=cells.proteins.new_full((len(x), cells.proteins.shape[1]), -1.0),
         )
 
 

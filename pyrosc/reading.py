@@ -26,6 +26,7 @@ def from_anndata(
     labels_key: str | None = None,
     categorical_keys: Sequence[str] = (),
     continuous_keys: Sequence[str] = (),
+    protein_key: str | None = None,
 ) -> Counts:
     """Read and check the counts and covariates of an AnnData. Nothing is written into it.
 
@@ -42,6 +43,9 @@ def from_anndata(
         Column of ``obs``: known cell labels. Missing values are unlabelled cells.
     categorical_keys, continuous_keys
         Columns of ``obs``: further covariates.
+    protein_key
+        Entry of ``obsm``: counts of surface proteins (CITE-seq), a DataFrame with their names or an array;
+        NaN or -1 is a protein that was not measured in a cell.
 
     Returns
     -------
@@ -50,10 +54,10 @@ def from_anndata(
     Raises
     ------
     KeyError
-        If a layer or a column is missing.
+        If a layer, a column or an entry of ``obsm`` is missing.
     ValueError
         If the data is empty, or has values that are not whole, negative, not finite or over 2^24, a cell
-        without counts, genes of the same name, or a missing value in a batch or covariate.
+        without counts, genes or proteins of the same name, or a missing value in a batch or covariate.
     TypeError
         If the counts are of a kind that can't be read.
     """
@@ -71,6 +75,8 @@ def from_anndata(
     labels, label_names = no_labels if labels_key is None else _codes(obs, labels_key, missing_ok=True)
     categorical = {key: _codes(obs, key) for key in categorical_keys}
     continuous = [_numbers(obs, key) for key in continuous_keys]
+    no_proteins = (np.empty((len(obs), 0), np.float32), ())
+    proteins, protein_names = no_proteins if protein_key is None else _proteins(adata, protein_key)
     return Counts(
         x=x,
         cell_names=adata.obs_names.to_numpy(dtype=str),
@@ -79,6 +85,7 @@ def from_anndata(
         labels=labels.astype(np.int64),
         categorical=columns([codes for codes, _ in categorical.values()], len(obs), np.int64),
         continuous=columns(continuous, len(obs), np.float32),
+        proteins=proteins,
         schema=Schema(
             genes=tuple(map(str, adata.var_names)),
             layer=layer,
@@ -88,6 +95,8 @@ def from_anndata(
             labels=label_names,
             categorical={key: names for key, (_, names) in categorical.items()},
             continuous=tuple(continuous_keys),
+            protein_key=protein_key,
+            proteins=protein_names,
         ),
     )
 
@@ -108,6 +117,7 @@ def as_counts(data: Counts | anndata.AnnData, schema: Schema | None = None) -> C
         # Of a large AnnData only the genes of the fit are read and checked.
         genes = places([str(name) for name in data.var_names], schema.genes)
         has_labels = schema.labels_key is not None and schema.labels_key in data.obs
+        has_proteins = schema.protein_key is not None and schema.protein_key in data.obsm
         data = from_anndata(
             data[:, genes],
             layer=schema.layer,
@@ -115,6 +125,7 @@ def as_counts(data: Counts | anndata.AnnData, schema: Schema | None = None) -> C
             labels_key=schema.labels_key if has_labels else None,
             categorical_keys=tuple(schema.categorical),
             continuous_keys=schema.continuous,
+            protein_key=schema.protein_key if has_proteins else None,
         )
     if not isinstance(data, Counts):
         msg = f"data must be an AnnData or pyrosc.Counts, not {type(data).__name__}"
@@ -174,6 +185,29 @@ def _check_values(values: np.ndarray, where: str) -> None:
     if values.size and values.max() > MAX_COUNT:
         msg = f"{where} has a count of {values.max():.4g}, more than 2^24: are these counts of molecules?"
         raise ValueError(msg)
+
+
+def _proteins(adata: anndata.AnnData, key: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return counts of proteins, -1 where there is none, (cells, proteins), and their names."""
+    if key not in adata.obsm:
+        msg = f"no {key!r} in obsm; it has {list(adata.obsm)}"
+        raise KeyError(msg)
+    table = adata.obsm[key]
+    if isinstance(table, pd.DataFrame):
+        names, table = table.columns.map(str), table.to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        table = np.asarray(sp.csr_array(table).toarray() if sp.issparse(table) else table, dtype=np.float64)
+        names = pd.Index([f"protein_{i}" for i in range(table.shape[1])])
+    if not names.is_unique:
+        twice = ", ".join(names[names.duplicated()].unique()[:5])
+        msg = f"obsm[{key!r}] has columns of the same name, {twice}: rename them"
+        raise ValueError(msg)
+    measured = ~(np.isnan(table) | (table == -1))
+    if not measured.any():
+        msg = f"obsm[{key!r}] has no protein that was measured in any cell: leave protein_key out"
+        raise ValueError(msg)
+    _check_values(table[measured], f"obsm[{key!r}]")
+    return np.where(measured, table, -1).astype(np.float32), tuple(names)
 
 
 def _column(obs: pd.DataFrame, key: str) -> pd.Series:

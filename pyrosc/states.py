@@ -1,4 +1,4 @@
-"""What a fit says of cells' clusters and codes, and of genes: clusters, predict, inclusion, loadings, ...
+"""What a fit says of cells' clusters, codes and proteins, and of genes: clusters, predict, inclusion, ...
 
 Each reads a site, or a property of the program, that some models have.
 """
@@ -156,6 +156,33 @@ def inclusion(
             raise TypeError(msg)
         parts.append(q.inclusion[0].cpu().numpy())
     return np.concatenate(parts)
+
+
+def foreground(
+    fit: Fit, data: Counts | anndata.AnnData, n_draws: int = 25, *, parallel: bool = True, seed: int = 0
+) -> pd.DataFrame:
+    """Return the posterior probability that a cell has each protein: its counts are not background alone.
+
+    Parameters
+    ----------
+    fit
+        Of :class:`~pyrosc.TOTALVI`, or of another program with a site ``"foreground"``.
+    data, n_draws, parallel, seed
+        See :func:`draws`.
+
+    Returns
+    -------
+    DataFrame of shape (cells, proteins)
+        Given the cell's counts of genes and proteins; of genes alone where the protein was not measured.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such site.
+    """
+    data = as_counts(data, fit.schema)
+    drawn = draws(fit, data, "foreground", n_draws=n_draws, parallel=parallel, seed=seed)
+    return pd.DataFrame(_mean(drawn, "foreground"), data.cell_names, list(fit.schema.proteins))
 
 
 def loadings(fit: Fit) -> pd.DataFrame:

@@ -263,7 +263,7 @@ def _check_made_for(program: Any, data: Counts) -> None:
     made_for = getattr(program, "schema", None)
     if not isinstance(made_for, Schema):
         return
-    for name in ("genes", "batches", "categorical", "continuous"):
+    for name in ("genes", "batches", "categorical", "continuous", "proteins"):
         if getattr(made_for, name) != getattr(data.schema, name):
             msg = (
                 f"the model was built for other {name} than this data has: build it with for_data(data) anew"

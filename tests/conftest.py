@@ -67,9 +67,10 @@ def _process_as_before():
 
 @pytest.fixture(scope="session")
 def _simulated():
-    from pyrosc.datasets import simulate
+    from pyrosc.datasets import simulate, simulate_proteins
 
     adata = simulate(200, 40, n_types=3, n_batches=2, de_fraction=0.4, log2_fold_change=2.0, seed=3)
+    adata = simulate_proteins(adata, 5, unmeasured_batches=["batch_1"], seed=3)
     adata.obs["depth"] = np.log(adata.obs["library"].to_numpy())
     adata.obs["plate"] = np.array(["p0", "p1", "p2"])[np.arange(200) % 3]
     return adata
@@ -77,7 +78,7 @@ def _simulated():
 
 @pytest.fixture
 def adata(_simulated):
-    """200 cells x 40 genes, 3 types, 2 batches; the test's own."""
+    """200 cells x 40 genes, 3 types, 2 batches, 5 proteins in one of them; the test's own."""
     return _simulated.copy()
 
 
@@ -91,7 +92,7 @@ def data(_simulated):
 
 @pytest.fixture(scope="session")
 def rich(_simulated):
-    """The same as Counts, with covariates too."""
+    """The same as Counts, with covariates and proteins too."""
     from pyrosc import from_anndata
 
     return from_anndata(
@@ -100,6 +101,7 @@ def rich(_simulated):
         labels_key="cell_type",
         categorical_keys=["plate"],
         continuous_keys=["depth"],
+        protein_key="protein_expression",
     )
 
 

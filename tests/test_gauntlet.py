@@ -17,6 +17,7 @@ from pyrosc import (
     LDVAE,
     SCANVI,
     SCVIS,
+    TOTALVI,
     VAE,
     VASC,
     VSC,
@@ -85,6 +86,7 @@ CASES = {
             ("gmvae", GMVAE, {"hidden": (8,), "n_components": 3}),
             ("vsc", VSC, {"hidden": (8,), "branch": 4, "inclusion": 0.5}),
             ("scanvi", SCANVI, {"hidden": (8,)}),
+            ("totalvi", TOTALVI, {"hidden": (8,)}),
         )
     },
     **{
@@ -103,6 +105,9 @@ CASES = {
         for transform in ("log", "pearson", "raw")
         for name, model in (("gaussian", GaussianVAE), ("autoencoder", Autoencoder))
     },
+    "totalvi latent library": made(
+        TOTALVI, library="latent", dispersion="gene-batch", n_latent=2, hidden=(8, 6)
+    ),
     "scvis": made(SCVIS, hidden=(8,), perplexity=5.0),
     "vasc": made(VASC, hidden=(8,)),
     "autoimpute": made(AutoImpute, n_latent=2, hidden=(8,), norm="batch", dropout=0.0),
@@ -248,7 +253,7 @@ def test_one_cell_and_one_gene(name, rich, adata):
     assert np.isfinite(fit.history["train"]).all()
     assert pyrosc.impute(fit, one, n_draws=2).mean.shape == (len(one), 40)
     alone = adata[np.asarray(adata.X[:, 5].todense()).ravel() > 0, [5]].copy()
-    gene = from_anndata(alone, batch_key="batch", labels_key="cell_type")
+    gene = from_anndata(alone, batch_key="batch", labels_key="cell_type", protein_key="protein_expression")
     fit = fitted(name, gene, epochs=2)
     assert np.isfinite(fit.history["train"]).all()
     np.testing.assert_allclose(pyrosc.impute(fit, gene, n_draws=2).mean, 1, atol=1e-6)

@@ -388,6 +388,7 @@ def resident(csr):
         labels=torch.zeros(n, dtype=torch.int64),
         categorical=none.long(),
         continuous=none,
+        proteins=none,
     )
 
 

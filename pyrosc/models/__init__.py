@@ -9,6 +9,7 @@ from pyrosc.models.gmvae import GMVAE
 from pyrosc.models.ldvae import LDVAE
 from pyrosc.models.scanvi import SCANVI
 from pyrosc.models.scvis import SCVIS
+from pyrosc.models.totalvi import TOTALVI
 from pyrosc.models.vae import VAE
 from pyrosc.models.vasc import VASC
 from pyrosc.models.vsc import VSC
@@ -19,6 +20,7 @@ __all__ = [
     "LDVAE",
     "SCANVI",
     "SCVIS",
+    "TOTALVI",
     "VAE",
     "VASC",
     "VSC",
