@@ -39,6 +39,7 @@ from pyrosc.posterior import (
     latent,
     posterior_predictive,
 )
+from pyrosc.query import fit_query
 from pyrosc.reading import from_anndata
 from pyrosc.states import Clusters, clusters, foreground, inclusion, loadings, predict, zero_inflation
 from pyrosc.svi import Fit, fit_svi
@@ -72,6 +73,7 @@ __all__ = [
     "draws",
     "dropout_probability",
     "elbo",
+    "fit_query",
     "fit_svi",
     "foreground",
     "from_anndata",

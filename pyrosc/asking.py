@@ -4,14 +4,17 @@ One primitive, :func:`draws`. Nothing of the size draws x cells x genes is held 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anndata
 import numpy as np
 import pyro
+import scipy.sparse as sp
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -162,8 +165,8 @@ def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tenso
 
 
 def innermost(distribution: Any) -> Any:
-    """Return the distribution whose rightmost axes were made one event."""
-    while isinstance(distribution, Independent):
+    """Return the distribution whose rightmost axes were made one event, or some of whose entries left out."""
+    while isinstance(distribution, Independent | MaskedDistribution):
         distribution = distribution.base_dist
     return distribution
 
@@ -198,7 +201,42 @@ def asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
     if not counts.n_cells:
         msg = "no cells: the selection is empty"
         raise ValueError(msg)
-    return counts
+    return completed(fit, counts) if fit.schema.absent else counts
+
+
+def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Counts:
+    """Return the counts with what the fit expects of the absent genes: the guide is to read no false zeros.
+
+    In each round the guide reads the cells as completed so far, at first with nothing, and the model's mean
+    of the absent counts, over draws, is put in: a fixed point of the Markov chain of Rezende (2014, sec. F).
+
+    Parameters
+    ----------
+    fit
+        Whose schema has absent genes.
+    data
+        Counts of that schema.
+    rounds, n_draws
+        Rounds, and draws of each cell in each.
+
+    References
+    ----------
+    Rezende, Mohamed and Wierstra, Stochastic backpropagation and approximate inference in deep generative
+    models, 2014.
+    """
+    present = torch.as_tensor(fit.schema.present, device=fit.device)
+    parts = []
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
+        with fit.asking(seed_of(0, i)):
+            counted = torch.where(present, cells.x, 0.0)
+            for _ in range(rounds):
+                _, modelled = run(fit, cells, n_draws, [None], parallel=True)
+                mean = innermost(modelled[0][0].nodes["x"]["fn"]).mean.mean(0)
+                cells = replace(cells, x=torch.where(present, counted, mean))
+        parts.append(sp.csr_array(cells.x.cpu().numpy()))
+    x = sp.csr_array(sp.vstack(parts))
+    x.sort_indices()
+    return replace(data, x=x)
 
 
 def check_draws(n_draws: int) -> None:

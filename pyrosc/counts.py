@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class Schema:
         Where in ``obsm`` the counts of proteins were found.
     proteins : tuple of str
         Names of the proteins (none without a key).
+    absent : tuple of str
+        Genes of the fit that the data of a query lack: see :func:`pyrosc.fit_query`.
     """
 
     genes: tuple[str, ...]
@@ -44,6 +47,12 @@ class Schema:
     continuous: tuple[str, ...] = ()
     protein_key: str | None = None
     proteins: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+    @cached_property
+    def present(self) -> np.ndarray:
+        """Which genes are not absent, boolean, (genes,)."""
+        return ~np.isin(self.genes, self.absent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +160,7 @@ class Counts:
         """Return these counts in the order and the codes of another schema (that of a fit).
 
         Genes and proteins are matched by name and reordered; those that the fit does not know are left out.
-        Proteins that are missing here were not measured.
+        Proteins that are missing here were not measured. Genes that are absent in the schema have no counts.
 
         Raises
         ------
@@ -161,8 +170,9 @@ class Counts:
         """
         if self.schema == schema:
             return self
-        genes = places(self.schema.genes, schema.genes)
-        x = sp.csr_array(self.x[:, genes])
+        kept = np.flatnonzero(schema.present)
+        x = sp.csr_array(self.x[:, places(self.schema.genes, np.array(schema.genes)[kept])])
+        x = sp.csr_array((x.data, kept[x.indices], x.indptr), shape=(self.n_cells, len(schema.genes)))
         x.sort_indices()
         check_cells(x, self.cell_names)
         for kind in ("categorical", "continuous"):
@@ -216,7 +226,7 @@ def columns(columns: Sequence[np.ndarray], n: int, dtype: Any) -> np.ndarray:
     return np.stack(columns, axis=1).astype(dtype) if columns else np.empty((n, 0), dtype)
 
 
-def places(have: Sequence[str], want: Sequence[str]) -> np.ndarray:
+def places(have: Sequence[str], want: Sequence[str] | np.ndarray) -> np.ndarray:
     """Return where each gene of the fit stands in the data."""
     check_names(pd.Index(have))
     places = pd.Index(have).get_indexer(pd.Index(want))

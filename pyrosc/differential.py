@@ -341,6 +341,7 @@ def differential_expression(
             lfc, shares = shrink(likelihood(arm, other)), [v.x.sum(0) / v.l.sum() for v in (arm, other)]
         who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
         table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
+        table = table[~table.gene.isin(fit.schema.absent)]
         evidence = np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))
         tables.append(table.iloc[evidence])
     return decide(pd.concat(tables, ignore_index=True), fdr)

@@ -9,11 +9,12 @@ one compiled loop (`kernels.py`); elsewhere, and entry by entry, the torch opera
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Num
-from pyro.distributions import TorchDistribution
+from jaxtyping import Bool, Float, Num
+from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.distributions.torch import Independent
 from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
@@ -283,6 +284,8 @@ class _Cell(Independent):
 
     def log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
         base = self.base_dist
+        if isinstance(base, MaskedDistribution):
+            return self._masked_log_prob(value)
         parameters = _parameters(base)
         tensors = [value, *(p for p in parameters or () if p is not None)]
         # (A value narrower than the event is repeated along it; no loop does that.)
@@ -297,6 +300,36 @@ class _Cell(Independent):
         log_prob = _Rows.apply(value, *parameters)
         log_prob = log_prob.expand(torch.broadcast_shapes(base.batch_shape[:-1], log_prob.shape))
         return sum_rightmost(log_prob, self.reinterpreted_batch_ndims - 1)
+
+    def _masked_log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Leave entries out: a zero where a mean of zero allows no other is certain."""
+        masked = self.base_dist
+        base = _of_mean(masked.base_dist, lambda mean: torch.where(masked._mask, mean, 0.0))
+        return _Cell(base, self.reinterpreted_batch_ndims).log_prob(torch.where(masked._mask, value, 0))
+
+
+def _of_mean(d: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the distribution of counts with another mean."""
+    if isinstance(d, ZeroInflated):
+        return ZeroInflated(_of_mean(d.base, change), d._gate_logits)
+    new = copy(d)
+    new._mean = change(d._mean)
+    return new
+
+
+def without(counts: Any, kept: Bool[Tensor, "genes"]) -> Any:
+    """Return the distribution of a cell's counts that leaves genes out of the density: only `kept` have one.
+
+    Parameters
+    ----------
+    counts
+        A distribution whose rightmost axis, that of genes, is an event.
+    kept
+        Which genes stay.
+    """
+    base, n_axes = counts.base_dist, counts.reinterpreted_batch_ndims
+    masked = MaskedDistribution(base, kept.expand(base.batch_shape))
+    return _Cell(masked, n_axes) if _parameters(base) is not None else masked.to_event(n_axes)
 
 
 def _as_event(base: Any, n_axes: int | None) -> Any:

@@ -135,8 +135,9 @@ def network(
 class Covariates(nn.Module):
     """Batch, categorical and continuous covariates of cells as one row of numbers each.
 
-    Codes become one-hot rows (a covariate with one category has none); continuous covariates are
-    standardised by the moments of the data that the model was made for.
+    Continuous covariates come first, standardised by the moments of the data that the model was made for;
+    then the categorical ones, as one-hot rows (one with a single category has none); the batch comes last, so
+    that further batches can be appended.
 
     Parameters
     ----------
@@ -159,7 +160,7 @@ class Covariates(nn.Module):
         sd: Sequence[float] = (),
     ) -> None:
         super().__init__()
-        self.sizes = (n_batches, *n_categories)
+        self.sizes = (*n_categories, n_batches)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("sd", torch.tensor(sd, dtype=torch.float32))
         self.n_out = sum(n for n in self.sizes if n > 1) + len(mean)
@@ -177,13 +178,13 @@ class Covariates(nn.Module):
 
     def forward(self, cells: Cells) -> Float[Tensor, "cells covariates"]:
         """Return the rows, (cells, n_out)."""
-        codes = torch.cat([cells.batch[:, None], cells.categorical], 1).unbind(1)
-        rows = [
+        codes = torch.cat([cells.categorical, cells.batch[:, None]], 1).unbind(1)
+        rows = [(cells.continuous - self.mean) / self.sd] * (len(self.mean) > 0)
+        rows += [
             (c[:, None] == torch.arange(n, device=c.device)).to(cells.x)
-            for c, n in zip(codes, self.sizes, strict=False)
+            for c, n in zip(codes, self.sizes, strict=True)
             if n > 1
         ]
-        rows += [(cells.continuous - self.mean) / self.sd] * (len(self.mean) > 0)
         return torch.cat(rows, 1) if rows else cells.x.new_empty(len(cells), 0)
 
 
@@ -297,7 +298,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.covariates = covariates
-        self.body = MLP(n_latent + covariates.n_out, hidden, norm=norm, dropout=dropout)
+        n_beside = covariates.n_out if hidden else 0  # without layers the last one sees them anyway
+        self.body = MLP(n_latent + n_beside, hidden, norm=norm, dropout=dropout)
         self.n_out = self.body.n_out + covariates.n_out
         self.logits = nn.Linear(self.n_out, n_genes)
 
@@ -311,5 +313,5 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Tensor, "*draws cells hidden"], Float[Tensor, "*draws cells genes"]]:
         """Return features h and shares rho; each row of rho sums to one."""
         c = self.covariates(cells)
-        h = beside(self.body(beside(z, c)), c)
+        h = beside(self.body(beside(z, c) if len(self.body) else z), c)
         return h, torch.softmax(self.logits(h), -1)

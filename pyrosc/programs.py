@@ -4,6 +4,7 @@ What a program must not know of is handled here, by handlers around it.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,14 +12,18 @@ from typing import Any
 
 import pyro
 import torch
+from jaxtyping import Bool
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrosc.cells import Cells
+from pyrosc.counts import Schema
+from pyrosc.distributions import without
 from pyrosc.random import seeded
 
 Program = Callable[[Cells], Any]
@@ -41,6 +46,41 @@ def pair(program: Any, guide: Any) -> tuple[Program, Program]:
         msg = "no guide: pass one, guide=..., e.g. pyro.infer.autoguide.AutoNormal(model)"
         raise TypeError(msg)
     return model, guide
+
+
+class LeaveOut(Messenger):
+    """Leaves genes out of the density of the counts, site ``"x"``.
+
+    Parameters
+    ----------
+    kept : Tensor of shape (genes,)
+        True for the genes that stay.
+    """
+
+    def __init__(self, kept: Bool[Tensor, "genes"]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "x" and msg["is_observed"]:
+            kept = self.kept.to(msg["value"].device)
+            msg["fn"] = without(msg["fn"], kept)
+            msg["value"] = torch.where(kept, msg["value"], 0.0)
+
+
+def leaving_out(model: Program, schema: Schema) -> Program:
+    """Return the model without a density of the genes that are absent in the schema."""
+    if not schema.absent:
+        return model
+    kept = torch.as_tensor(schema.present)
+
+    @functools.wraps(model)
+    def run(cells: Cells) -> Any:
+        with LeaveOut(kept):
+            return model(cells)
+
+    run.__self__ = getattr(model, "__self__", model)  # type: ignore[attr-defined]  # whose parts it runs
+    return run
 
 
 def copied(program: Any, guide: Any) -> tuple[Any, Any]:

@@ -114,23 +114,27 @@ def as_counts(data: Counts | anndata.AnnData, schema: Schema | None = None) -> C
     if isinstance(data, anndata.AnnData):
         if schema is None:
             return from_anndata(data)
-        # Of a large AnnData only the genes of the fit are read and checked.
-        genes = places([str(name) for name in data.var_names], schema.genes)
-        has_labels = schema.labels_key is not None and schema.labels_key in data.obs
-        has_proteins = schema.protein_key is not None and schema.protein_key in data.obsm
-        data = from_anndata(
-            data[:, genes],
-            layer=schema.layer,
-            batch_key=schema.batch_key,
-            labels_key=schema.labels_key if has_labels else None,
-            categorical_keys=tuple(schema.categorical),
-            continuous_keys=schema.continuous,
-            protein_key=schema.protein_key if has_proteins else None,
-        )
+        data = read_as(data, schema)
     if not isinstance(data, Counts):
         msg = f"data must be an AnnData or pyrosc.Counts, not {type(data).__name__}"
         raise TypeError(msg)
     return data if schema is None else data.like(schema)
+
+
+def read_as(adata: anndata.AnnData, schema: Schema) -> Counts:
+    """Read an AnnData by the keys of a schema: of its genes, only those that the schema has."""
+    genes = places([str(name) for name in adata.var_names], np.array(schema.genes)[schema.present])
+    has_labels = schema.labels_key is not None and schema.labels_key in adata.obs
+    has_proteins = schema.protein_key is not None and schema.protein_key in adata.obsm
+    return from_anndata(
+        adata[:, genes],
+        layer=schema.layer,
+        batch_key=schema.batch_key,
+        labels_key=schema.labels_key if has_labels else None,
+        categorical_keys=tuple(schema.categorical),
+        continuous_keys=schema.continuous,
+        protein_key=schema.protein_key if has_proteins else None,
+    )
 
 
 def _checked(matrix: Any, where: str) -> sp.csr_array:
@@ -196,7 +200,7 @@ def _proteins(adata: anndata.AnnData, key: str) -> tuple[np.ndarray, tuple[str, 
     if isinstance(table, pd.DataFrame):
         names, table = table.columns.map(str), table.to_numpy(dtype=np.float64, na_value=np.nan)
     else:
-        table = np.asarray(sp.csr_array(table).toarray() if sp.issparse(table) else table, dtype=np.float64)
+        table = np.asarray(table.todense() if isinstance(table, sp.spmatrix) else table, dtype=np.float64)
         names = pd.Index([f"protein_{i}" for i in range(table.shape[1])])
     if not names.is_unique:
         twice = ", ".join(names[names.duplicated()].unique()[:5])

@@ -15,7 +15,7 @@ from pyro.infer import ELBO
 from torch import nn
 
 from pyrosc.counts import Counts, Schema
-from pyrosc.programs import Program, copied, device_of, elbo_of, isolated, modules_of, pair
+from pyrosc.programs import Program, copied, device_of, elbo_of, isolated, leaving_out, modules_of, pair
 from pyrosc.reading import as_counts
 from pyrosc.training import Problem, train
 
@@ -56,7 +56,7 @@ class Fit:
     @property
     def model(self) -> Program:
         """The generative program, of :class:`~pyrosc.Cells`."""
-        return pair(self.program, self.separate_guide)[0]
+        return leaving_out(pair(self.program, self.separate_guide)[0], self.schema)
 
     @property
     def guide(self) -> Program:
@@ -235,8 +235,10 @@ def fit_svi(
     params: dict[str, Any] = {"params": {}, "constraints": {}}
     counts = data.on(on)
     with isolated(on, seed, params):
+        chosen, variational = pair(program, separate_guide)
         problem = Problem(
-            *pair(program, separate_guide),
+            leaving_out(chosen, data.schema),
+            variational,
             elbo=elbo_of(program, elbo),
             modules=modules_of(program, separate_guide),
             train=counts.take(torch.as_tensor(train_rows, device=on)),

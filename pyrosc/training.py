@@ -208,7 +208,7 @@ def one_cycle(done: float) -> float:
 def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
     """Take the steps of an epoch; return their losses, and whether ctrl-C ended it."""
     for module in problem.modules:
-        module.train()
+        _as_in_training(module)
     losses: list[Tensor] = []
     interrupted = False
     try:
@@ -217,6 +217,17 @@ def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
     except KeyboardInterrupt:
         interrupted = True
     return torch.stack(losses).tolist() if losses else [], interrupted
+
+
+def _as_in_training(module: nn.Module) -> None:
+    """Put a module in training mode, but for parts whose parameters are all frozen: they run as trained."""
+    parameters = list(module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        module.eval()
+        return
+    module.training = True
+    for part in module.children():
+        _as_in_training(part)
 
 
 def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:

@@ -74,9 +74,9 @@ def test_the_elbo_of_a_vae_at_fixed_weights(rich, likelihood, library, elbo):
     depth = rich.continuous.astype(np.float64)[:, 0]
     c = np.column_stack(
         [
-            np.eye(2)[batch],
-            np.eye(3)[rich.categorical[rows, 0]],
             ((depth - depth.mean()) / depth.std())[rows],
+            np.eye(3)[rich.categorical[rows, 0]],
+            np.eye(2)[batch],
         ]
     )
     h, rho = decoded(vae, z, c)

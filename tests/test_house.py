@@ -36,7 +36,7 @@ LAYERS = [
     {"persist"},
     {"asking"},
     {"posterior", "evidence", "states"},
-    {"shrinkage"},
+    {"shrinkage", "query"},
     {"differential", "criticism"},
     {"plots"},
     {"cli"},

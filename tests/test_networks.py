@@ -67,10 +67,10 @@ def test_covariates_are_one_hot_and_standardised(rich):
     covariates = Covariates.for_data(rich)
     row = covariates(cells_of(rich, 200))
     assert row.shape == (200, covariates.n_out) == (200, 2 + 3 + 1)
-    np.testing.assert_array_equal(row[:, :2], np.eye(2)[rich.batch])
-    np.testing.assert_array_equal(row[:, 2:5], np.eye(3)[rich.categorical[:, 0]])
+    np.testing.assert_array_equal(row[:, 4:], np.eye(2)[rich.batch])
+    np.testing.assert_array_equal(row[:, 1:4], np.eye(3)[rich.categorical[:, 0]])
     depth = rich.continuous[:, 0]
-    np.testing.assert_allclose(row[:, 5], (depth - depth.mean()) / depth.std(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(row[:, 0], (depth - depth.mean()) / depth.std(), rtol=1e-4, atol=1e-5)
 
 
 def test_covariates_with_one_category_take_no_place(data):
@@ -81,7 +81,7 @@ def test_covariates_with_one_category_take_no_place(data):
 def test_a_constant_covariate_gives_zeros(rich):
     rich = rich[np.zeros(3, dtype=int)]
     row = Covariates.for_data(rich)(cells_of(rich, 3))
-    assert torch.equal(row[:, -1], torch.zeros(3))
+    assert torch.equal(row[:, 0], torch.zeros(3))
 
 
 def test_moments_go_with_the_state(rich):
