@@ -47,6 +47,7 @@ LIKELIHOODS = {
     "VASC": [None],
     "AutoImpute": [None],
 }
+# (TOTALVI needs proteins, which this data set has not.)
 NO_EVIDENCE = {"DCA", "GaussianVAE", "Autoencoder", "SCVIS", "VASC", "AutoImpute"}
 LINE = "{model:12} {likelihood!s:8} seed {seed}  {shown:>9} nats/cell  {seconds:6.1f} s  {epochs} epochs"
 

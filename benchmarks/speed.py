@@ -32,7 +32,11 @@ less what was resident before: a fit shares the counts, so nothing is taken off 
 weights (the ones it trains) is taken off; gradients, Adam's moments and the weights kept of the best epoch
 are not. The rest in minibatches' worth: minibatch x genes x 4 bytes.
 
+`models` is every model with its defaults (`for_data(data)`; GMVAE with 4 components) in the centre's
+condition, in `--model-pairs` rounds.
+
     python benchmarks/speed.py --peer-python PEER/bin/python
+    python benchmarks/speed.py --grid models --no-memory --output benchmarks/results/speed_models.json
     python benchmarks/speed.py --grid targets --pairs 3
     python benchmarks/speed.py --genes 1000 2000 --minibatch 128 512 --pairs 3 --no-memory
     python benchmarks/speed.py --smoke
@@ -167,9 +171,9 @@ def network(data: pyrosc.Counts, likelihood: str) -> pyrosc.VAE:
 # --- the contestants: each gives the seconds of its epochs but the first
 
 
-def run_pyrosc(data: pyrosc.Counts, condition: Condition, seed: int) -> list[float]:
+def run_pyrosc(model: object, data: pyrosc.Counts, condition: Condition, seed: int) -> list[float]:
     fit = pyrosc.fit_svi(
-        network(data, condition.likelihood),
+        model,
         data,
         epochs=condition.epochs,
         minibatch_size=condition.minibatch,
@@ -292,7 +296,9 @@ def measure(
                 for condition, pairs in jobs:
                     whole = data[: condition.n_cells]
                     turns = {
-                        "pyrosc": lambda seed, d=whole, c=condition: run_pyrosc(d, c, seed),
+                        "pyrosc": lambda seed, d=whole, c=condition: run_pyrosc(
+                            network(d, c.likelihood), d, c, seed
+                        ),
                         "scvi": lambda seed, p=path, c=condition: ask(peer, p, c, seed, options, versions),
                         "plain": lambda seed, d=whole, c=condition: run_plain(d, c, seed),
                         "floor": lambda _seed, c=condition: run_floor(c),
@@ -324,8 +330,7 @@ def one_round(
         if name == "floor":
             step = np.median(seconds)
         else:
-            seconds = seconds[condition.warm - 1 :]  # the first epoch has been left out already
-            step = np.median(seconds) / condition.steps_per_epoch
+            seconds, step = steady(seconds, condition)
         row = asdict(condition) | facts | {"round": i, "contestant": name, "ms_per_step": 1e3 * float(step)}
         if name != "floor":
             row |= {
@@ -335,6 +340,39 @@ def one_round(
             }
         print(f"{shown:32} round {i}  {name:7} {row['ms_per_step']:9.2f} ms/step", flush=True)
         yield row
+
+
+def steady(seconds: list[float], condition: Condition) -> tuple[list[float], float]:
+    """Seconds of the epochs that count (the first has been left out already), and of a step."""
+    counted = seconds[condition.warm - 1 :]
+    return counted, float(np.median(counted)) / condition.steps_per_epoch
+
+
+# --- every model
+
+
+def measure_models(options: argparse.Namespace) -> Iterator[dict]:
+    """Time a step of each model with its defaults, in the centre's condition; all take turns in a round."""
+    shape = SMOKE if options.smoke else CENTRE
+    adata = simulate(shape.cells, shape.genes, shape.density)
+    rng = np.random.default_rng(0)
+    adata.obs["label"] = rng.choice(["a", "b", "c", "d"], shape.cells)
+    adata.obsm["proteins"] = rng.negative_binomial(2, 0.05, (shape.cells, 14))
+    data = pyrosc.from_anndata(adata, labels_key="label", protein_key="proteins")[: shape.n_cells]
+    for i, name in itertools.product(range(options.model_pairs), pyrosc.models.__all__):
+        recipe = {"n_components": 4} if name == "GMVAE" else {}
+        model = getattr(pyrosc, name).for_data(data, **recipe)
+        seconds, step = steady(run_pyrosc(model, data, shape, i), shape)
+        print(f"{name:12} round {i} {1e3 * step:9.2f} ms/step", flush=True)
+        yield {"model": name, "round": i, "ms_per_step": 1e3 * step, "seconds_of_epochs": seconds}
+
+
+def summary_of_models(rows: list[dict]) -> dict[str, float]:
+    """Median over the rounds, in milliseconds a step."""
+    names = dict.fromkeys(row["model"] for row in rows)
+    return {
+        name: float(np.median([row["ms_per_step"] for row in rows if row["model"] == name])) for name in names
+    }
 
 
 # --- memory
@@ -480,12 +518,16 @@ def parse() -> argparse.Namespace:
     names = ["pyrosc", "scvi", "plain", "floor"]
     parser.add_argument("--contestants", nargs="+", choices=names, default=names)
     parser.add_argument(
-        "--grid", nargs="+", choices=["targets", "sweep", "full"], default=["targets", "sweep"]
+        "--grid",
+        nargs="+",
+        choices=["targets", "sweep", "full", "models"],
+        default=["targets", "sweep", "models"],
     )
     for name, values in GRID.items():
         parser.add_argument(f"--{name}", nargs="+", type=type(values[0]))
     parser.add_argument("--pairs", type=int, default=5, help="rounds of each condition")
     parser.add_argument("--sweep-pairs", type=int, default=1, help="rounds of a condition of the sweep alone")
+    parser.add_argument("--model-pairs", type=int, default=3, help="rounds of every model")
     parser.add_argument("--memory-pairs", type=int, default=3, help="fits in fresh processes")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--threads", type=int, help="of torch, for everyone; its own choice by default")
@@ -528,7 +570,7 @@ def main() -> None:
         print("left out, since there is no --peer-python: scvi")
         options.contestants = [name for name in options.contestants if name != "scvi"]
     if options.smoke:
-        options.memory_pairs = 1
+        options.memory_pairs = options.model_pairs = 1
     else:
         options.output = options.output or common.RESULTS / "speed.json"
     conditions = chosen(options)
@@ -541,20 +583,23 @@ def main() -> None:
         "steady_cells": CELLS,
         "pairs": options.pairs,
         "sweep_pairs": options.sweep_pairs,
+        "model_pairs": options.model_pairs,
         "memory_pairs": 0 if options.no_memory else options.memory_pairs,
     }
     record = common.commit() | {
         "machine": common.machine(),
-        "seeds": list(range(max(pairs for _, pairs in conditions))),
+        "seeds": list(range(max([pairs for _, pairs in conditions] + [options.model_pairs]))),
         "settings": settings,
     }
     versions = {"ours": common.versions("pyrosc", "torch", "pyro-ppl", "numpy")}
     rows = list(measure(conditions, options, versions))
+    models = list(measure_models(options)) if "models" in options.grid else []
     memory = [] if options.no_memory else list(measure_memory(options))
     summaries = summary(rows)
     verdicts = [] if options.smoke else targets(summaries, memory)
     if options.output:
-        found = {"targets": verdicts, "summary": summaries, "memory": memory, "rows": rows}
+        found = {"targets": verdicts, "summary": summaries, "models": summary_of_models(models)}
+        found |= {"memory": memory, "rows": rows, "rows_of_models": models}
         common.write_json(options.output, record | {"versions": versions} | found)
 
 
