@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Bernoulli, Normal, constraints, kl_divergence, register_kl
+from torch.distributions import Normal, constraints, kl_divergence, register_kl
 from torch.nn.functional import logsigmoid
 
 
@@ -111,5 +111,7 @@ def _kl(q: SpikeSlab, p: SpikeSlab) -> Tensor:
     slabs = kl_divergence(
         Normal(q.loc, q.scale, validate_args=False), Normal(p.loc, p.scale, validate_args=False)
     )
-    chosen, prior = (Bernoulli(logits=d.logits, validate_args=False) for d in (q, p))
-    return q.inclusion * slabs + kl_divergence(chosen, prior)
+    # Not torch's KL of Bernoulli distributions: it assigns to a mask, which no recording of a step can hold.
+    on = slabs + logsigmoid(q.logits) - logsigmoid(p.logits)
+    off = logsigmoid(-q.logits) - logsigmoid(-p.logits)
+    return q.inclusion * on + torch.sigmoid(-q.logits) * off

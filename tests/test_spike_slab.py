@@ -56,6 +56,17 @@ def test_the_kl_is_the_mean_log_ratio():
     torch.testing.assert_close(kl_divergence(q, q), torch.zeros(3))
 
 
+def test_the_kl_can_be_recorded():
+    """No shape in it depends on numbers, as with torch's KL of Bernoulli distributions."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def slopes(*q):
+        return torch.autograd.grad(kl_divergence(SpikeSlab(*q), SpikeSlab(*P)).sum(), q)
+
+    graph = make_fx(slopes)(*(t.clone().requires_grad_() for t in Q))
+    assert not [node for node in graph.graph.nodes if "index" in str(node.target)]
+
+
 def test_batches_expand():
     q = SpikeSlab(*Q).expand((4, 3))
     assert q.batch_shape == q.sample().shape == (4, 3)
