@@ -97,6 +97,7 @@ CASES = {
     "gmvae learned latent library": made(
         GMVAE, n_components=3, proportions="learned", library="latent", n_latent=2, hidden=(8,)
     ),
+    "vsc linear": made(VSC, decoder="linear", n_latent=2, hidden=(8,), branch=4),
     "vsc pseudo": made(VSC, prior="pseudo", n_pseudo=3, norm="layer", n_latent=2, hidden=(8,), branch=4),
     "autozi nb": made(AutoZI, n_latent=2, hidden=(8,)),
     "autozi poisson": made(AutoZI, likelihood="poisson", n_latent=2, hidden=(8,)),

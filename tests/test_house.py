@@ -26,7 +26,7 @@ LAYERS = [
     {"counts"},
     {"reading"},
     {"networks"},
-    {"priors", "library", "likelihoods", "transforms"},
+    {"priors", "library", "likelihoods", "transforms", "components"},
     {"models.*"},
     {"models"},
     {"programs"},

@@ -5,6 +5,8 @@ import numpy as np
 import pairs
 import pytest
 from scipy import stats
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
@@ -105,3 +107,35 @@ def test_more_structure_has_a_higher_likelihood(fit, data):
     x, l = data.x.toarray(), data.library[:, None]
     pooled = stats.poisson.logpmf(x, l * shares).sum(1).mean()
     assert pyrosc.log_likelihood(fit, data, 10).mean > pooled + 10
+
+
+def sparse_codes(seed, n_cells=2000, n_genes=200, n_latent=6):
+    """Codes, three in ten of their numbers not 0 and those at least .3 from it, and their counts."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(n_cells, n_latent))
+    z = np.where(rng.random(z.shape) < 0.3, z + 0.3 * np.sign(z), 0)
+    rho = np.exp(z @ rng.normal(0, 0.5, (n_latent, n_genes)) + rng.normal(0, 0.5, n_genes))
+    library = rng.lognormal(np.log(3000), 0.3, (n_cells, 1))
+    x = rng.poisson(library * rho / rho.sum(1, keepdims=True))
+    return z, pyrosc.from_anndata(anndata.AnnData(csr_matrix(x.astype("f4"))))
+
+
+def support_f1(found, true):
+    """F1 of which numbers are not 0, the columns matched one to one."""
+    pairs = [[2 * (f & t).sum() / max(1, f.sum() + t.sum()) for f in found.T] for t in true.T]
+    _, order = linear_sum_assignment(pairs, maximize=True)
+    found = found[:, order]
+    return 2 * (found & true).sum() / (found.sum() + true.sum())
+
+
+def test_vsc_recovers_sparse_codes_where_a_vae_does_not():
+    z, data = sparse_codes(seed=0)
+    vsc = pyrosc.VSC.for_data(data, decoder="linear", inclusion=0.3)
+    fit = pyrosc.fit_svi(vsc, data, progress=False)
+    assert support_f1(pyrosc.inclusion(fit, data) > 0.5, z != 0) > 0.95
+    assert pyrosc.loadings(fit).shape == (200, 6)
+    fit = pyrosc.fit_svi(pyrosc.VAE.for_data(data, n_latent=6), data, progress=False)
+    size = np.abs(pyrosc.latent(fit, data))
+    size /= size.std(0)
+    best = max(support_f1(size > cut, z != 0) for cut in np.quantile(size, np.linspace(0, 0.95, 20)))
+    assert best < 0.8

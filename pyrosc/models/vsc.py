@@ -1,16 +1,18 @@
 """VSC: variational sparse coding, an autoencoder whose code is mostly exact zeros."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pyro
 import torch
 from anndata import AnnData
+from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, kl_divergence
 
 from pyrosc.cells import Cells
+from pyrosc.components import independent_components
 from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
@@ -35,11 +37,22 @@ class VSC(nn.Module):
 
         z_nk | x_n ~ (1 - gamma_nk) delta_0 + gamma_nk Normal(mu_nk, sigma_nk^2)
 
+    gamma starts where a likelihood that is Gaussian in z_nk would have it, at the prior odds times the ratio
+    of the densities of 0 under prior and posterior slab (Titsias 2011)::
+
+        logit gamma_nk = logit alpha + log sigma_nk + (mu_nk / sigma_nk)^2 / 2 + g(x_n)_k
+
+    and the network g learns the rest. So gates are open while sigma is small, and close as the KL bites.
+
+    With ``decoder="linear"``, rho_n = softmax(W z_n + U s + b), the code itself can be recovered and not just
+    its space: a rotation of sparse numbers is less sparse. Rotated pairs of numbers are local optima, so W
+    starts at the data's independent components. :func:`pyrosc.loadings` then gives W.
+
     In training a draw is relaxed: nothing is exactly 0, and the loss, whose KL is that of exact draws, is no
     bound. In evaluation zeros are exact, and the validation loss is the ELBO. :func:`pyrosc.inclusion` gives
     gamma.
 
-    Departures from the source: the likelihood is of counts; gamma is the sigmoid of its logit; relaxed draws
+    Departures from the source: the likelihood is of counts; gamma's logit is as above; relaxed draws
     are binary concrete of one sharpness, see :class:`SpikeSlab`, not of one that rises from 50 to 200 in a
     function of gamma; and there is no warm-up of the slab.
 
@@ -59,6 +72,7 @@ class VSC(nn.Module):
     References
     ----------
     Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. Higgins et al., beta-VAE, 2017.
+    Titsias and Lazaro-Gredilla, Spike and slab variational inference for multi-task learning, 2011.
     """
 
     elbo = TraceMeanField_ELBO
@@ -96,6 +110,7 @@ class VSC(nn.Module):
         n_latent: int = 6,
         hidden: Sequence[int] = (128, 32),
         branch: int = 16,
+        decoder: str = "mlp",
         norm: str | None = "batch",
         dropout: float = 0.0,
         seed: int = 0,
@@ -114,7 +129,9 @@ class VSC(nn.Module):
             Pseudo-inputs of the latter.
         hidden, branch
             Widths of the encoder's common layers, and of the layer that mean, scale and inclusion have each
-            of their own. The decoder has them in reverse.
+            of their own.
+        decoder
+            ``"mlp"``: its layers are the encoder's in reverse. ``"linear"``: it has none.
         likelihood, library, dispersion, n_latent, norm, dropout, seed
             See :meth:`VAE.for_data`.
 
@@ -133,26 +150,33 @@ class VSC(nn.Module):
         data = as_counts(data)
         seen = Covariates.for_data(data)
         with seeded(torch.device("cpu"), seed):
-            encoder = SpikeSlabEncoder(data.n_genes, n_latent, hidden, branch, norm=norm, dropout=dropout)
+            encoder = SpikeSlabEncoder(
+                data.n_genes, n_latent, hidden, branch, inclusion, norm=norm, dropout=dropout
+            )
             priors = {
                 "fixed": lambda: SpikeSlabPrior(n_latent, inclusion),
                 "pseudo": lambda: PseudoInputPrior(
                     encoder, PseudoCells.for_data(data, n_pseudo, encoder), n_latent, inclusion
                 ),
             }
-            if prior not in priors:
-                msg = f'prior must be "fixed" or "pseudo", not {prior!r}'
-                raise ValueError(msg)
-            widths = (branch, *hidden[::-1])
-            decoder = Decoder(n_latent, data.n_genes, seen, widths, norm=norm, dropout=dropout)
-            decoder.start_at(torch.as_tensor(data.share))
+            layers = {"mlp": (branch, *hidden[::-1]), "linear": ()}
+            for name, value, known in (("prior", prior, priors), ("decoder", decoder, layers)):
+                if value not in known:
+                    msg = f"{name} must be {' or '.join(map(repr, known))}, not {value!r}"
+                    raise ValueError(msg)
+            shares = Decoder(n_latent, data.n_genes, seen, layers[decoder], norm=norm, dropout=dropout)
+            shares.start_at(torch.as_tensor(data.share))
+            if decoder == "linear":
+                parts = torch.as_tensor(independent_components(data, n_latent))
+                with torch.no_grad():  # the code's numbers have the variance alpha
+                    shares.logits.weight[:, : parts.shape[1]] = parts / inclusion**0.5
             vsc = cls(
                 encoder,
-                decoder,
+                shares,
                 likelihood_of(
                     likelihood,
                     n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
+                    n_hidden=shares.n_out,
                     n_batches=len(data.schema.batches),
                     dispersion=dispersion,
                 ),
@@ -177,13 +201,22 @@ class VSC(nn.Module):
             pyro.sample("z", self.encoder(cells).to_event(1))
             pyro.sample("l", self.library_encoder(cells).to_event(1))
 
+    @property
+    def loadings(self) -> Float[Tensor, "genes latent"]:
+        """W of a linear decoder: see :attr:`LDVAE.loadings`."""
+        if len(self.decoder.body):
+            msg = 'only the VSC of decoder="linear" has loadings'
+            raise AttributeError(msg)
+        weight = self.decoder.logits.weight[:, : self.encoder.n_latent].detach()
+        return weight - weight.mean(0)
+
 
 class SpikeSlabEncoder(nn.Module):
     """q(z given x), spike-and-slab: common layers, then a branch each for mean, log scale and inclusion.
 
     Parameters
     ----------
-    n_genes, n_latent, hidden, branch, norm, dropout
+    n_genes, n_latent, hidden, branch, inclusion, norm, dropout
         See :meth:`VSC.for_data`.
     """
 
@@ -198,6 +231,7 @@ class SpikeSlabEncoder(nn.Module):
         n_latent: int,
         hidden: Sequence[int],
         branch: int,
+        inclusion: float,
         *,
         norm: str | None,
         dropout: float,
@@ -208,6 +242,8 @@ class SpikeSlabEncoder(nn.Module):
             nn.Sequential(MLP(hidden[-1], (branch,), norm=norm, dropout=dropout), nn.Linear(branch, n_latent))
             for _ in range(3)
         )
+
+        self.n_latent, self.prior_logit = n_latent, math.log(inclusion / (1 - inclusion))
         self.register_buffer("sharpness", torch.tensor(self.SHARPNESS))
 
     def forward(self, cells: Cells) -> SpikeSlab:
@@ -218,8 +254,10 @@ class SpikeSlabEncoder(nn.Module):
     def exact(self, cells: Cells) -> SpikeSlab:
         """Return the distribution whose draws have exact zeros, (cells, latent)."""
         h = self.body(cells)
-        scale = self.log_scale(h).clamp(-7, 7).exp()
-        return SpikeSlab(self.loc(h), scale, self.logits(h).clamp(-10, 10))
+        loc, log_scale = self.loc(h), self.log_scale(h).clamp(-7, 7)
+        scale = log_scale.exp()
+        odds = self.prior_logit + log_scale + (loc / scale) ** 2 / 2
+        return SpikeSlab(loc, scale, (odds + self.logits(h)).clamp(-10, 10))
 
 
 class SpikeSlabPrior(nn.Module):
@@ -281,6 +319,9 @@ class PseudoInputPrior(nn.Module):
     def forward(self, cells: Cells) -> SpikeSlab:
         """Return the prior of each cell, (cells, latent), and count the further term."""
         of_all = self.encoder.exact(self.pseudo(cells)).inclusion.mean().clamp(1e-6, 1 - 1e-6)
-        sparse = kl_divergence(Bernoulli(of_all), Bernoulli(torch.full_like(of_all, self.inclusion)))
+        sparse = (
+            of_all * (of_all / self.inclusion).log()
+            + (1 - of_all) * ((1 - of_all) / (1 - self.inclusion)).log()
+        )  # (torch's KL of Bernoulli distributions can't be recorded, see `spike_slab.py`)
         pyro.factor("sparsity", -self.n_latent * sparse)
         return self.encoder.exact(self.pseudo(cells, self.choice(cells).softmax(-1)))
