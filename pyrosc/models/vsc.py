@@ -242,7 +242,6 @@ class SpikeSlabEncoder(nn.Module):
             nn.Sequential(MLP(hidden[-1], (branch,), norm=norm, dropout=dropout), nn.Linear(branch, n_latent))
             for _ in range(3)
         )
-
         self.n_latent, self.prior_logit = n_latent, math.log(inclusion / (1 - inclusion))
         self.register_buffer("sharpness", torch.tensor(self.SHARPNESS))
 
