@@ -5,7 +5,8 @@
 FOLDER holds train.npz, test.npz (counts, cells x genes) and job.json, and gets result.json. The job names the
 seed, the number of draws, and the arguments of the model (`model`) and of its training (`fit`).
 
-scVAE watches the held-out cells after each epoch, and the parameters of the best epoch are the ones measured.
+As in our fits, a tenth of the training cells is kept to watch the ELBO after each epoch, and the parameters
+of the best epoch are the ones measured: no held-out cell has a part in the choice.
 Its ELBO is of log p(x), with the whole density of the raw counts, log x! and all. The validation ELBO that it
 prints divides the sum over minibatches by n / minibatch, which counts a last short one as a whole one; here
 all held-out cells are one minibatch, and the mean is over draws. Its graph takes no seed: the seed is that of
@@ -28,8 +29,8 @@ from scvae.data.sparse import SparseRowMatrix
 from scvae.models import GaussianMixtureVariationalAutoencoder
 
 
-def data_set(folder, name):
-    values = SparseRowMatrix(scipy.sparse.load_npz(str(folder / (name + ".npz"))))
+def data_set(name, counts):
+    values = SparseRowMatrix(counts)
     cells, genes = (np.arange(n).astype(str) for n in values.shape)
     return DataSet(
         name,
@@ -59,16 +60,18 @@ def elbo(model, cells, draws):
 
 def main(folder):
     job = json.loads((folder / "job.json").read_text())
-    train, test = data_set(folder, "train"), data_set(folder, "test")
+    train, test = (scipy.sparse.load_npz(str(folder / (name + ".npz"))) for name in ("train", "test"))
     np.random.seed(job["seed"])  # noqa: NPY002 (scVAE draws from it)
+    order = np.random.permutation(train.shape[0])  # noqa: NPY002
+    watched, fitted = np.split(order, [round(0.1 * len(order))])
+    parts = {"fitted": train[fitted], "watched": train[watched], "test": test}
+    parts = {name: data_set(name, counts) for name, counts in parts.items()}
     with tempfile.TemporaryDirectory() as log:
         start = time.time()
-        model = GaussianMixtureVariationalAutoencoder(
-            train.number_of_features, log_directory=log, **job["model"]
-        )
-        model.train(train, validation_set=test, **job["fit"])
+        model = GaussianMixtureVariationalAutoencoder(test.shape[1], log_directory=log, **job["model"])
+        model.train(parts["fitted"], validation_set=parts["watched"], **job["fit"])
         seconds = time.time() - start
-        found = {"elbo": elbo(model, test, job["draws"]), "seconds": seconds}
+        found = {"elbo": elbo(model, parts["test"], job["draws"]), "seconds": seconds}
     versions = {"python": platform.python_version(), "scvae": scvae.__version__, "tensorflow": tf.__version__}
     (folder / "result.json").write_text(json.dumps(dict(found, versions=versions)))
 
