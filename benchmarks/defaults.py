@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "learning rate 0.01": {"fit": {"learning_rate": 1e-2}},
     "minibatch 256": {"fit": {"minibatch_size": 256}},
     "no KL warm-up": {"fit": {"kl_warmup": 0}},
+    "linear variance": {"model": {"dispersion": "gene-linear"}},
     "zinb": {"model": {"likelihood": "zinb"}},
     "poisson": {"model": {"likelihood": "poisson"}},
 }

@@ -60,6 +60,7 @@ OURS: dict[str, dict[str, dict]] = {
     "gmvae": {
         "pyrosc": {"model": {"library": "latent"}},
         "pyrosc, scVAE's network": {"model": {"library": "latent", "hidden": [100, 100]}},
+        "pyrosc, linear variance": {"model": {"library": "latent", "dispersion": "gene-linear"}},
         "pyrosc, observed library": {},
     },
     "dca": {"pyrosc": {}, "pyrosc, 30 epochs": {"fit": {"epochs": 30}}},

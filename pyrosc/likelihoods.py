@@ -74,6 +74,27 @@ class ZeroInflated(nn.Module):
         return distributions.ZeroInflated(self.base(mean, h, batch), self.gate_logits(h))
 
 
+class LinearNegativeBinomial(nn.Module):
+    """x ~ NB(mean, theta = kappa mean), kappa of each gene: the variance is linear, mean (1 + 1 / kappa).
+
+    NB1 of Cameron and Trivedi (1986), where a theta of the gene alone is NB2, of quadratic variance.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    """
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__()
+        self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
+
+    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+        """Return NegativeBinomial(mean, kappa mean)."""
+        theta = (mean * self.log_inverse_dispersion.exp()).clamp_min(1e-10)
+        return distributions.NegativeBinomial(mean, theta)
+
+
 class ConditionalNegativeBinomial(nn.Module):
     """x ~ NB(mean, theta), theta of each gene and cell: log theta is linear in h, and at most 9 from 0.
 
@@ -104,7 +125,8 @@ def likelihood_of(
     n_genes, n_hidden, n_batches
         Widths of the counts and of the decoder's features; number of batches.
     dispersion
-        theta is a parameter of each ``"gene"``, of each gene and batch (``"gene-batch"``), or linear in the
+        theta is a parameter of each ``"gene"``, of each gene and batch (``"gene-batch"``), in proportion to
+        the mean by a factor of each gene (``"gene-linear"``: so is the variance), or log-linear in the
         features, of each gene and cell (``"gene-cell"``).
 
     Raises
@@ -115,10 +137,11 @@ def likelihood_of(
     bases = {
         "gene": lambda: NegativeBinomial(n_genes),
         "gene-batch": lambda: NegativeBinomial(n_genes, n_batches),
+        "gene-linear": lambda: LinearNegativeBinomial(n_genes),
         "gene-cell": lambda: ConditionalNegativeBinomial(n_hidden, n_genes),
     }
     if dispersion not in bases:
-        msg = f'dispersion must be "gene", "gene-batch" or "gene-cell", not {dispersion!r}'
+        msg = f"dispersion must be one of {', '.join(bases)}, not {dispersion!r}"
         raise ValueError(msg)
     if name not in ("poisson", "nb", "zip", "zinb"):
         msg = f'likelihood must be "poisson", "nb", "zip" or "zinb", not {name!r}'

@@ -76,6 +76,8 @@ CASES = {
     "vae deep": vae(hidden=(8, 6)),
     "vae linear": vae(hidden=()),
     "vae theta by cell": vae(dispersion="gene-cell"),
+    "vae linear variance": vae(dispersion="gene-linear"),
+    "vae zinb linear variance": vae(likelihood="zinb", dispersion="gene-linear"),
     "vae mixture": vae(prior="mixture", n_components=4),
     "vae vamp": vae(prior="vamp", n_components=4, norm="layer"),
     **{

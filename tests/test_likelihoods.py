@@ -69,3 +69,16 @@ def test_gradients_reach_the_parameters():
     zinb = likelihood_of("zinb", n_genes=3, n_hidden=2, n_batches=2, dispersion="gene-batch")
     zinb(MEAN, H, BATCH).log_prob(x).sum().backward()
     assert all((p.grad != 0).any() and torch.isfinite(p.grad).all() for p in zinb.parameters())
+
+
+def test_a_linear_variance_against_scipy():
+    x = torch.tensor([[0.0, 3.0, 7.0], [1.0, 0.0, 4.0]])
+    nb = likelihood_of("nb", n_genes=3, n_hidden=2, dispersion="gene-linear")
+    kappa = torch.tensor([0.5, 1.0, 4.0])
+    nb.log_inverse_dispersion.data = kappa.log()
+    p = nb(MEAN, H, BATCH)
+    torch.testing.assert_close(p.variance, MEAN * (1 + 1 / kappa))
+    expected = torch.as_tensor(stats.nbinom.logpmf(x, MEAN * kappa, (kappa / (1 + kappa)).expand(2, 3)))
+    torch.testing.assert_close(p.log_prob(x), expected.float())
+    with pytest.raises(ValueError, match="gene-linear"):
+        likelihood_of("nb", n_genes=3, n_hidden=2, dispersion="linear")

@@ -139,3 +139,24 @@ def test_vsc_recovers_sparse_codes_where_a_vae_does_not():
     size /= size.std(0)
     best = max(support_f1(size > cut, z != 0) for cut in np.quantile(size, np.linspace(0, 0.95, 20)))
     assert best < 0.8
+
+
+def test_a_linear_variance_is_told_from_a_quadratic_one():
+    """Counts of either kind are described best by the likelihood of that kind, and kappa is found."""
+    rng = np.random.default_rng(0)
+    rho = rng.dirichlet(np.ones(50), 3)[rng.integers(3, size=1500)]
+    mean = 300 * rho
+    for name, theta in (("gene-linear", 0.5 * mean), ("gene", np.full(mean.shape, 2.0))):
+        x = rng.poisson(rng.gamma(np.maximum(theta, 1e-9), mean / np.maximum(theta, 1e-9))).astype("f4")
+        data = pyrosc.from_anndata(anndata.AnnData(csr_matrix(x)))
+        fits = {
+            kind: pyrosc.fit_svi(
+                pyrosc.VAE.for_data(data, n_latent=4, dispersion=kind), data, epochs=60, progress=False
+            )
+            for kind in ("gene", "gene-linear")
+        }
+        nats = {kind: pyrosc.log_likelihood(fit, data, 10).mean for kind, fit in fits.items()}
+        assert max(nats, key=nats.get) == name
+        if name == "gene-linear":
+            kappa = fits[name].program.likelihood.log_inverse_dispersion.detach().exp().numpy()
+            assert np.median(kappa) == pytest.approx(0.5, rel=0.1)

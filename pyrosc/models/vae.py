@@ -112,8 +112,9 @@ class VAE(nn.Module):
             ``"observed"``: l is the cell's total. ``"latent"``: l is inferred; its prior has the mean and
             sd of the log totals of each batch.
         dispersion
-            ``"gene"``: theta of each gene; ``"gene-batch"``: of each gene and batch; ``"gene-cell"``: of each
-            gene and cell, log theta linear in f.
+            ``"gene"``: theta of each gene; ``"gene-batch"``: of each gene and batch; ``"gene-linear"``: theta
+            in proportion to the mean, so that the variance is mean (1 + 1 / kappa_g), not mean + mean^2 /
+            theta_g; ``"gene-cell"``: of each gene and cell, log theta linear in f.
         n_latent
             Width of z.
         hidden
