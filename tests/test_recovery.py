@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 import pyrosc
-from pyrosc.likelihoods import likelihood_of
 from pyrosc.datasets import simulate
+from pyrosc.likelihoods import likelihood_of
 
 pytestmark = pytest.mark.slow
 
