@@ -1,9 +1,9 @@
-"""Which zeros are dropouts? Four variants of DCA on counts whose dropouts are known.
+"""Which zeros are dropouts? Four variants of DCA, and a VAE, on counts whose dropouts are known.
 
     python examples/dropouts_dca.py [--smoke]
 
 1000 genes; some two zeros in five are dropouts. A model is fitted to 70% of the cells, with batch
-normalisation and without, with pyrosc's ZINB and with the usual formula in float32. Zeros with
+normalisation and without, with pyrosc's ZINB and with the usual formula in float32; then a VAE. Zeros with
 P(dropout given x) > 1/2 count as predicted, and are repaired: filled with the mean before dropout.
 """
 
@@ -46,20 +46,23 @@ class Naive(nn.Module):
         return NaiveZeroInflated(stable.base, stable.gate_logits)
 
 
-def fitted(train, norm, naive, epochs, seed):
-    """Return the fit; FloatingPointError if its loss is no longer finite."""
-    model = pyrosc.DCA.for_data(train, norm=norm, seed=seed)
-    if naive:
+def built(variant, train, seed):
+    """Return the model of a variant."""
+    if variant == "VAE":
+        return pyrosc.VAE.for_data(train, likelihood="zinb", seed=seed)
+    norm, formula = variant.split(" norm, ")
+    model = pyrosc.DCA.for_data(train, norm=None if norm == "no" else norm, seed=seed)
+    if formula == "naive":
         model.likelihood = Naive(model.likelihood)
-    return pyrosc.fit_svi(model, train, epochs=epochs, seed=seed, progress=False)
+    return model
 
 
 def scores(fit, test):
     """Count predicted and true dropouts; precision, recall, F1; distance after repair and before."""
     x, truth = test.X.toarray(), test.layers["counts_before_dropout"].toarray()
     dropped = (x == 0) & (truth > 0)
-    predicted = pyrosc.dropout_probability(fit, test, n_draws=1) > 0.5
-    mean = pyrosc.impute(fit, test, what="count", n_draws=1).mean
+    predicted = pyrosc.dropout_probability(fit, test) > 0.5
+    mean = pyrosc.impute(fit, test, what="count").mean
     hits, n, n_true = (predicted & dropped).sum(), predicted.sum(), dropped.sum()
     after, before = (np.linalg.norm(v - truth) for v in (np.where(predicted, mean, x), x))
     return n, n_true, hits / max(1, n), hits / n_true, 2 * hits / (n + n_true), after, before
@@ -75,24 +78,21 @@ def main():
         **size, n_types=6, dropout=0.25, library_mean=4 * size["n_genes"], inverse_dispersion=3.0, seed=0
     )
     x, truth = adata.X.toarray(), adata.layers["counts_before_dropout"].toarray()
-    print(
-        f"{np.mean(x == 0):.0%} of the entries are zero, {np.mean(truth[x == 0] > 0):.0%} of these dropouts"
-    )
+    print(f"{np.mean(x == 0):.0%} of the entries are 0, {np.mean(truth[x == 0] > 0):.0%} of these dropouts")
     order = np.random.default_rng(0).permutation(adata.n_obs)
     train, test = (adata[rows].copy() for rows in np.split(order, [int(0.7 * adata.n_obs)]))
     print("variant                    seed  predicted    true  precision  recall    F1   distance (before)")
-    for norm in ("batch", None):
-        for naive in (True, False):
-            name = f"{'batch norm' if norm else 'no norm':10} {'naive' if naive else 'stable':6} ZINB"
-            for seed in range(options.seeds):
-                try:
-                    fit = fitted(train, norm, naive, 2 if options.smoke else None, seed)
-                except FloatingPointError:
-                    print(f"{name:26} {seed:4}  diverged")
-                    continue
-                n, n_true, precision, recall, f1, after, before = scores(fit, test)
-                line = f"{name:26} {seed:4} {n:10} {n_true:7} {precision:10.2f} {recall:7.2f} {f1:5.2f}"
-                print(f"{line} {after:10.1f} ({before:.1f})", flush=True)
+    short = {"epochs": 2} if options.smoke else {}
+    for variant in ("batch norm, naive", "batch norm, stable", "no norm, naive", "no norm, stable", "VAE"):
+        for seed in range(options.seeds):
+            try:
+                fit = pyrosc.fit_svi(built(variant, train, seed), train, seed=seed, progress=False, **short)
+            except FloatingPointError:
+                print(f"{variant:26} {seed:4}  diverged")
+                continue
+            n, n_true, precision, recall, f1, after, before = scores(fit, test)
+            line = f"{variant:26} {seed:4} {n:10} {n_true:7} {precision:10.2f} {recall:7.2f} {f1:5.2f}"
+            print(f"{line} {after:10.1f} ({before:.1f})", flush=True)
 
 
 if __name__ == "__main__":
