@@ -208,7 +208,8 @@ def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Coun
     """Return the counts with what the fit expects of the absent genes: the guide is to read no false zeros.
 
     In each round the guide reads the cells as completed so far, at first with nothing, and the model's mean
-    of the absent counts, over draws, is put in: a fixed point of the Markov chain of Rezende (2014, sec. F).
+    of the absent counts, over draws, is put in: the chain of Rezende (2014, section F), with means for draws.
+    The result is as large as cells x absent genes.
 
     Parameters
     ----------
@@ -232,7 +233,9 @@ def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Coun
             for _ in range(rounds):
                 _, modelled = run(fit, cells, n_draws, [None], parallel=True)
                 mean = innermost(modelled[0][0].nodes["x"]["fn"]).mean.mean(0)
-                cells = replace(cells, x=torch.where(present, counted, mean))
+                # At the depth at which the genes that were counted have their total.
+                depth = counted.sum(-1, keepdim=True) / mean[..., present].sum(-1, keepdim=True)
+                cells = replace(cells, x=torch.where(present, counted, depth * mean))
         parts.append(sp.csr_array(cells.x.cpu().numpy()))
     x = sp.csr_array(sp.vstack(parts))
     x.sort_indices()

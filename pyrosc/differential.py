@@ -273,6 +273,7 @@ def differential_expression(
         mean_share and mean_share_reference (of the counts of these genes; with ``"cell"``, of the draws),
         raw_mean and raw_mean_reference (counts per cell), expressing and expressing_reference (share of the
         cells that have a count). With ``"mean"`` these describe the cells that were compared.
+        Genes that the data of a query lack have no row.
 
     Raises
     ------

@@ -59,6 +59,7 @@ def log_likelihood(
     """Estimate each cell's log p(x) by importance sampling from the guide (Burda 2016, eq. 8).
 
     The weight of a draw is p(x, z, l) / q(z, l given x); the estimate is the log of the mean weight.
+    x is all that the model observes: with proteins, log p(x, y); of a query, the genes that it has.
     Latent sites outside the plate of cells are averaged over, not scored; latent sites that the guide leaves
     out (because the ELBO enumerates them) are drawn from their prior.
 

@@ -125,6 +125,28 @@ def kl_by_site(model: Program, guide: Program, cells: Cells, *, mean_field: bool
         where it does not, from one draw.
     """
     guided, modelled = traces(model, guide, cells)
+    return _kl_by_site(modelled, guided, cells, mean_field=mean_field)
+
+
+def loss_and_kl(
+    elbo: ELBO, model: Program, guide: Program, cells: Cells, weight: float
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Return :func:`weighted_loss` and :func:`kl_by_site`, of one run of the programs if that is enough."""
+    mean_field = isinstance(elbo, TraceMeanField_ELBO)
+    if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO) or elbo.num_particles > 1:
+        loss = weighted_loss(elbo, model, guide, cells, weight)
+        return loss, kl_by_site(model, guide, cells, mean_field=mean_field)
+    scaled = ScaleKL(weight)
+    ((modelled, guided),) = elbo._get_traces(scaled(model), scaled(guide), (cells,), {})
+    loss = torch.as_tensor(_ESTIMATES[type(elbo)](modelled, guided)) / -cells.n_total
+    kl = _kl_by_site(modelled, guided, cells, mean_field=mean_field)
+    return loss, {name: value / weight for name, value in kl.items()}
+
+
+def _kl_by_site(
+    modelled: poutine.Trace, guided: poutine.Trace, cells: Cells, *, mean_field: bool
+) -> dict[str, float]:
+    """Return the KL of each site, times its scale."""
     joint = any(name.startswith("_Auto") and name.endswith("_latent") for name in guided.nodes)
     kl = {}
     for name, q in guided.nodes.items():

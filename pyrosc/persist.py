@@ -26,7 +26,7 @@ from pyrosc.counts import Counts, Schema
 from pyrosc.programs import check_programs, copied, device_of, isolated, modules_of, own_parameters, pair
 from pyrosc.svi import Fit
 
-FORMAT = 1
+FORMAT = 2  # 1: the batch came first among the covariates, and VSC had another gate
 TENSORS, RECORD = "parameters.safetensors", "fit.json"
 
 
@@ -38,7 +38,7 @@ def save(fit: Fit, directory: str | Path) -> None:
         raise FileExistsError(msg)
     record = {
         "format": FORMAT,
-        "program": _recipe(fit),
+        "program": recipe_of(fit),
         "schema": _schema_to_json(fit.schema),
         "settings": fit.settings,
         "history": fit.history.astype(object).where(fit.history.notna(), None).to_dict("list"),
@@ -91,6 +91,9 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     record = json.loads((directory / RECORD).read_text())
     if record["format"] > FORMAT:
         msg = f"{directory} was written by pyrosc {record['versions']['pyrosc']}: upgrade pyrosc to read it"
+        raise ValueError(msg)
+    if record["format"] < FORMAT:
+        msg = f"{directory} was written by an earlier pyrosc, whose models meant other things: fit it again"
         raise ValueError(msg)
     tensors = load_file(directory / TENSORS)
     schema = _schema_from_json(record["schema"])
@@ -150,7 +153,7 @@ def _check_fit(into: dict[str, Tensor], tensors: dict[str, Tensor], *, partly: b
         raise ValueError(msg)
 
 
-def _recipe(fit: Fit) -> dict[str, Any] | None:
+def recipe_of(fit: Fit) -> dict[str, Any] | None:
     """Return the model's class and the arguments of its `for_data`, if they make this very model."""
     name, arguments = type(fit.program).__name__, getattr(fit.program, "recipe", None)
     if arguments is None or fit.separate_guide is not None or name not in models.__all__:

@@ -198,8 +198,8 @@ def impute_proteins(
     data, n_draws, parallel, seed
         See :func:`draws`. A protein that was not measured is told from the genes.
     batch
-        Name of a batch: counts as if measured there, which matters where a batch has no proteins.
-        ``"average"``: the mean over all batches. By default the cell's own.
+        Name of a batch: foreground as if measured there, over the cell's own background. ``"average"``: the
+        mean over all batches. By default the cell's own.
     interval
         See :func:`impute`.
     site
@@ -279,13 +279,14 @@ def posterior_predictive(
     -------
     list of csr_matrix of shape (cells, genes)
         One for each draw, float32. Columns are the fit's genes in the order of `data`, so that of an AnnData
-        with just these genes each can become a layer.
+        with just these genes each can become a layer. A site that is not of the genes stays as it is.
     """
     parts: list[list[sp.csr_matrix]] = [[] for _ in range(n_draws)]
     columns = _columns(fit, data, None)
     for drawn in draws(fit, data, site, n_draws=n_draws, batch=batch, parallel=parallel, seed=seed):
-        for part, x in zip(parts, drawn[site].cpu().numpy()[..., columns], strict=True):
-            part.append(sp.csr_matrix(x))
+        of_genes = drawn[site].shape[-1] == len(fit.schema.genes)
+        for part, x in zip(parts, drawn[site].cpu().numpy(), strict=True):
+            part.append(sp.csr_matrix(x[:, columns] if of_genes else x))
     return [sp.vstack(part, format="csr") for part in parts]
 
 
@@ -318,7 +319,7 @@ def dropout_probability(
     Returns
     -------
     ndarray of shape (cells, genes)
-        float32. Columns as in :func:`impute`.
+        float32. Columns as in :func:`impute`. NaN of a gene that the data of a query lack.
 
     Raises
     ------
@@ -327,13 +328,14 @@ def dropout_probability(
     """
     check_draws(n_draws)
     columns = torch.as_tensor(_columns(fit, data, genes), device=fit.device)
-    data = asked(fit, data)
+    data, present = asked(fit, data), torch.as_tensor(fit.schema.present, device=fit.device)
     parts = []
     for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
         with fit.asking(seed_of(seed, i)):
             _, modelled = run(fit, cells, n_draws, [None], parallel=parallel)
             mean = torch.stack([_dropout(trace[0].nodes[site]["fn"]).mean(0) for trace in modelled]).mean(0)
-        parts.append(torch.where(cells.x == 0, mean, 0.0)[:, columns].cpu().numpy())
+        zero = torch.where(cells.x == 0, mean, 0.0).where(present, torch.nan)
+        parts.append(zero[:, columns].cpu().numpy())
     return np.concatenate(parts)
 
 

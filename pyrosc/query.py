@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 
 from pyrosc.asking import completed
 from pyrosc.counts import Counts, Schema
+from pyrosc.persist import recipe_of
 from pyrosc.reading import as_counts, read_as
 from pyrosc.svi import Fit, fit_svi
 
@@ -18,24 +19,28 @@ from pyrosc.svi import Fit, fit_svi
 def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
     """Fit cells of new batches, a query, to a trained model: only the new batches' parameters are trained.
 
-    All that the model shares among batches stays as it is, to the bit, batch normalisation and the answers
-    about the old batches included; so the query's cells get their place in the space of the reference
-    (scArches, Lotfollahi 2022). What a batch has of its own is the decoder's offsets of the genes and its
-    first layer's; with ``dispersion="gene-batch"`` inverse dispersions; with ``encode_covariates=True``, the
-    encoder's offsets. They start at the mean of the other batches'.
+    All that the model shares among batches, and what belongs to the old ones, stays as it is, to the bit; so
+    the query's cells get their place in the space of the reference (scArches, Lotfollahi 2022). What a batch
+    has of its own is its columns of the decoder's first and last layers (of mean, dropout, dispersion,
+    proteins); with ``dispersion="gene-batch"`` inverse dispersions; with ``encode_covariates=True`` the
+    encoder's columns; with ``library="latent"`` the moments of its totals, read off the data; of a TOTALVI,
+    the proteins' background. The new ones start at the mean of the other batches', and a ``weight_decay`` is
+    a prior around that start.
 
     Genes that the query lacks are missing, not zero: they are left out of the likelihood, and where the guide
-    reads counts it finds what the fit itself expects of them in the cell. Questions about the query's fit are
-    answered so too: :func:`~pyrosc.impute` tells the absent genes. What the new batch does to an absent gene
-    is not known (it gets the mean of the other batches), and the uncertainty of its counts is not passed on:
-    its intervals are too narrow.
+    reads counts it finds what the model expects of them in the cell (in training, with the parameters at the
+    start). Questions about the query's fit are answered so too: :func:`~pyrosc.impute` tells the absent
+    genes. What the new batch does to an absent gene is not known (it gets the mean of the other batches), and
+    the uncertainty of its counts is not passed on: its intervals are too narrow. Such a fit leaves these
+    genes out of all cells: ask the reference's own fit about the reference.
 
     Parameters
     ----------
     fit
         Of a model of pyrosc's, made by its `for_data` from data with a `batch_key`. It is left as it is.
     data
-        Counts, or an AnnData with the columns that the fit was read by. Genes are matched by name.
+        Counts, or an AnnData with the columns that the fit was read by. Genes are matched by name; an absent
+        one has no column (a column of zeros is counts of zero). Proteins may be missing.
     **settings
         Of :func:`~pyrosc.fit_svi`.
 
@@ -49,25 +54,27 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
     TypeError
         If the model was not made by `for_data` alone, or has no parameters of batches.
     ValueError
-        If the fit knows no batches, the data none that are new or no gene of the fit, or `fit` is of a query.
+        If the fit knows no batches or is of a query that lacks genes, or the data have no batch that is new
+        or no gene of the fit.
 
     References
     ----------
     Lotfollahi et al., Mapping single-cell data to reference atlases by transfer learning, 2022.
     """
     schema, counts = _extended(fit.schema, data)
-    recipe = getattr(fit.program, "recipe", None)
-    if recipe is None:
-        msg = f"{type(fit.program).__name__} was not made by for_data, which is to make it for more batches"
+    if recipe_of(fit) is None:
+        msg = f"{type(fit.program).__name__} was not made by for_data alone: it can't be made again"
         raise TypeError(msg)
-    program = type(fit.program).for_data(counts, **recipe).to(fit.device)
-    n_old = len(fit.schema.batches)
-    grown = _grow(program, fit.program, n_old, len(schema.batches) - n_old)
+    program, grown = _grown(fit, counts)
     if not grown:
         msg = f"this {type(program).__name__} has no parameters of batches: ask the fit about the data itself"
         raise TypeError(msg)
-    start = replace(fit, program=program, schema=schema)
-    query = fit_svi(program, completed(start, counts) if schema.absent else counts, **settings)
+    if schema.absent:
+        counts = completed(replace(fit, program=program, schema=schema), counts)
+        program, grown = _grown(
+            fit, counts
+        )  # what is read off the data, such as totals, is of whole cells now
+    query = fit_svi(program, counts, **settings)
     for module, name in grown:
         remove_parametrizations(query.program.get_submodule(module), name)
     query.program.requires_grad_()
@@ -95,20 +102,25 @@ def _extended(schema: Schema, data: Counts | anndata.AnnData) -> tuple[Schema, C
     return schema, as_counts(counts, schema)
 
 
-def _grow(program: nn.Module, trained: nn.Module, n_old: int, n_new: int) -> list[tuple[str, str]]:
-    """Give a model the tensors of a trained one of fewer batches; freeze all but what is of the new ones.
+def _grown(fit: Fit, data: Counts) -> tuple[Any, list[tuple[str, str]]]:
+    """Return the fit's model for the data's batches, frozen but for what is of the new ones.
 
     Where a tensor has grown, what was there stands first and what belongs to the new batches last.
 
     Returns
     -------
+    program
+        The model.
     list of (str, str)
         Names of the modules and of their tensors of which a part is to be trained.
     """
-    old, parameters, grown = trained.state_dict(), dict(program.named_parameters()), []
+    program = type(fit.program).for_data(data, **fit.program.recipe).to(fit.device)
+    n_old = len(fit.schema.batches)
+    n_new = len(data.schema.batches) - n_old
+    old, parameters, grown = fit.program.state_dict(), dict(program.named_parameters()), []
     program.requires_grad_(requires_grad=False)
     for name, tensor in program.state_dict().items():
-        # A single batch has no offsets, so that there may be no such tensor.
+        # A single batch has no columns, so that there may be no such tensor.
         before = old[name] if name in old else tensor[..., :0]
         if tensor.shape == before.shape:
             tensor.copy_(before)
@@ -116,37 +128,38 @@ def _grow(program: nn.Module, trained: nn.Module, n_old: int, n_new: int) -> lis
         (axis,) = (i for i, n in enumerate(tensor.shape) if n != before.shape[i])
         size, place = before.shape[axis], tensor.shape[axis] - n_new
         new = tensor.narrow(axis, place, n_new)
-        if name in parameters:
-            # A single batch has no columns of its own; two have one each, of which the old one's is 0.
-            own = before.narrow(axis, size - n_old, n_old) if size == place else torch.zeros_like(new)
-            new.copy_(own.mean(axis, keepdim=True))
+        # Two batches have a column each; that of one that was alone is 0.
+        own = before.narrow(axis, size - n_old, n_old) if size == place else torch.zeros_like(new)
+        mean = own.mean(axis, keepdim=True).expand_as(new)
+        new.copy_(mean if name in parameters else torch.where(new.isnan(), mean, new))
         tensor.narrow(axis, 0, place).zero_().narrow(axis, 0, size).copy_(before)
         if name in parameters:
             grown.append(_partly(program, name, axis, place))
-    return grown
+    return program, grown
 
 
 def _partly(program: nn.Module, name: str, axis: int, place: int) -> tuple[str, str]:
     """Let a parameter be trained from a place on; return the names of its module and of itself."""
     owner, _, leaf = name.rpartition(".")
     module = program.get_submodule(owner)
-    whole = getattr(module, leaf).detach()
-    trained, new = whole.tensor_split([place], axis)
-    setattr(module, leaf, nn.Parameter(new.clone()))
-    register_parametrization(module, leaf, _Behind(trained.clone(), axis), unsafe=True)
+    trained, start = getattr(module, leaf).detach().tensor_split([place], axis)
+    setattr(module, leaf, nn.Parameter(torch.zeros_like(start)))
+    register_parametrization(module, leaf, _Behind(trained.clone(), start.clone(), axis), unsafe=True)
     return owner, leaf
 
 
 class _Behind(nn.Module):
-    """A tensor whose first part is as trained before; the part behind it is the parameter."""
+    """A tensor whose first part is as trained before; the parameter is what changes in the part behind it."""
 
     trained: Tensor
+    start: Tensor
 
-    def __init__(self, trained: Tensor, axis: int) -> None:
+    def __init__(self, trained: Tensor, start: Tensor, axis: int) -> None:
         super().__init__()
         self.register_buffer("trained", trained)
+        self.register_buffer("start", start)
         self.axis = axis
 
-    def forward(self, new: Tensor) -> Tensor:
+    def forward(self, change: Tensor) -> Tensor:
         """Return the whole."""
-        return torch.cat([self.trained, new], self.axis)
+        return torch.cat([self.trained, self.start + change], self.axis)

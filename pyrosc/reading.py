@@ -200,16 +200,14 @@ def _proteins(adata: anndata.AnnData, key: str) -> tuple[np.ndarray, tuple[str, 
     if isinstance(table, pd.DataFrame):
         names, table = table.columns.map(str), table.to_numpy(dtype=np.float64, na_value=np.nan)
     else:
-        table = np.asarray(table.todense() if isinstance(table, sp.spmatrix) else table, dtype=np.float64)
+        dense = table.toarray() if sp.issparse(table) else table  # type: ignore[attr-defined]
+        table = np.asarray(dense, dtype=np.float64)
         names = pd.Index([f"protein_{i}" for i in range(table.shape[1])])
     if not names.is_unique:
         twice = ", ".join(names[names.duplicated()].unique()[:5])
         msg = f"obsm[{key!r}] has columns of the same name, {twice}: rename them"
         raise ValueError(msg)
     measured = ~(np.isnan(table) | (table == -1))
-    if not measured.any():
-        msg = f"obsm[{key!r}] has no protein that was measured in any cell: leave protein_key out"
-        raise ValueError(msg)
     _check_values(table[measured], f"obsm[{key!r}]")
     return np.where(measured, table, -1).astype(np.float32), tuple(names)
 

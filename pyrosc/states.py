@@ -193,7 +193,8 @@ def loadings(fit: Fit) -> pd.DataFrame:
     Parameters
     ----------
     fit
-        Of :class:`~pyrosc.LDVAE`, or of another program with a property `loadings`.
+        Of :class:`~pyrosc.LDVAE`, of a :class:`~pyrosc.VSC` with ``decoder="linear"``, or of another program
+        with a property `loadings`.
 
     Raises
     ------

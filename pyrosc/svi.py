@@ -181,6 +181,8 @@ def fit_svi(
 
     Notes
     -----
+    A part of a model whose parameters are all frozen (``requires_grad_(False)``) runs in evaluation mode.
+
     The loss is Pyro's own: with ``kl_weight=1`` and no warm-up a step has the loss and the gradients of
     ``pyro.infer.SVI.step``, divided by the number of cells.
 

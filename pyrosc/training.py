@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrosc.cells import Cells, Resident
-from pyrosc.objective import kl_by_site, weighted_loss
+from pyrosc.objective import loss_and_kl, weighted_loss
 from pyrosc.optimiser import Adam
 from pyrosc.programs import (
     Program,
@@ -221,13 +221,11 @@ def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
 
 def _as_in_training(module: nn.Module) -> None:
     """Put a module in training mode, but for parts whose parameters are all frozen: they run as trained."""
-    parameters = list(module.parameters())
-    if parameters and not any(p.requires_grad for p in parameters):
-        module.eval()
-        return
-    module.training = True
-    for part in module.children():
-        _as_in_training(part)
+    module.train()
+    for part in module.modules():
+        parameters = list(part.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            part.eval()
 
 
 def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
@@ -268,9 +266,7 @@ def _row(losses: list[float], step: _Stepper, problem: Problem, settings: dict[s
 def _measured(problem: Problem, cells: Cells, settings: dict[str, Any]) -> dict[str, float]:
     """Return the validation loss of cells and the KL of each site, in nats per cell, and their number."""
     cells = replace(cells, n_total=settings["n_train"])
-    loss = weighted_loss(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
-    mean_field = isinstance(problem.elbo, TraceMeanField_ELBO)
-    kl = kl_by_site(problem.model, problem.guide, cells, mean_field=mean_field)
+    loss, kl = loss_and_kl(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
     return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
 
 

@@ -9,7 +9,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyrosc import VAE, objective
-from pyrosc.objective import weighted_loss
+from pyrosc.objective import kl_by_site, loss_and_kl, weighted_loss
 from pyrosc.programs import isolated
 
 CPU = torch.device("cpu")
@@ -216,3 +216,23 @@ def test_only_three_estimators_are_written_again():
     """A fourth would need its case above."""
     assert set(objective._ESTIMATES) == {case[0] for case in CASES}
     assert all(issubclass(e, ELBO) for e in objective._ESTIMATES)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO])
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_loss_and_kl_of_one_run_are_those_of_two(data, cells, elbo, weight):
+    program = PROGRAMS["conjugate"](data)
+
+    def run(ask):
+        with isolated(CPU, 5, pairs.empty_params()), torch.no_grad():
+            return ask()
+
+    loss, kl = run(lambda: loss_and_kl(elbo(), program.model, program.guide, cells, weight))
+    expected = run(lambda: weighted_loss(elbo(), program.model, program.guide, cells, weight))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    closed = elbo is TraceMeanField_ELBO
+    apart = run(lambda: kl_by_site(program.model, program.guide, cells, mean_field=closed))
+    if elbo is not TraceEnum_ELBO:  # there the KL's draws come after the loss's
+        assert kl == pytest.approx(apart, rel=1e-4)
+    assert kl.keys() == apart.keys()
+    assert min(kl.values()) != 0

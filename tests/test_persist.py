@@ -193,6 +193,14 @@ def test_no_saved_fit(tmp_path):
             pyrosc.load(place)
 
 
+def test_an_older_format_asks_for_another_fit(saved):
+    record = json.loads((saved / "fit.json").read_text())
+    record["format"] -= 1
+    (saved / "fit.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="fit it again"):
+        pyrosc.load(saved)
+
+
 def test_a_newer_format_asks_for_an_upgrade(saved):
     record = json.loads((saved / "fit.json").read_text())
     record["format"] += 1

@@ -166,6 +166,66 @@ def test_absent_genes_are_not_read_as_zeros(truth, query, reference):
     assert set(table.gene) == set(less.var_names)
 
 
+def test_what_is_known_of_an_absent_gene_is_the_mean_of_the_other_batches(truth, reference):
+    query = fit_query(reference, truth[1][:, 10:], epochs=60, progress=False)
+    offsets = query.program.decoder.logits.weight.detach()
+    moved = (offsets[:, -1] - offsets[:, -3:-1].mean(1)).abs()
+    # All of them together are seen in the cells' depth, none alone.
+    assert moved[:10].max() < 0.2
+    assert moved[10:].max() > 0.3
+
+
+def test_a_cell_of_a_small_panel_keeps_its_depth(truth, query):
+    """Completed, the genes that were counted have their share of the total, however few they are."""
+    few = truth[1][:, :15]
+    small = fit_query(query_of(query), few, epochs=1, progress=False)
+    counts = pyrosc.asking.asked(small, few)
+    share = pyrosc.impute(small, few, genes=list(few.var_names)).mean.sum(1)
+    total = np.asarray(few.X.sum(1)).ravel()
+    np.testing.assert_allclose(np.median(total / (counts.library * share)), 1, atol=0.1)
+
+
+def query_of(query):
+    """The same fit under other names of batches, all of them old."""
+    from dataclasses import replace
+
+    names = tuple(f"old_{i}" for i in range(3))
+    query.program.schema = replace(query.program.schema, batches=names)
+    return replace(query, schema=replace(query.schema, batches=names))
+
+
+def test_proteins_of_a_query_without_any(cells):
+    fit = fitted("totalvi", of_batches(cells, "batch_0", "batch_1"))
+    new = of_batches(cells, "batch_2")
+    measured = pyrosc.impute_proteins(fit, of_batches(cells, "batch_0")).mean.mean(0)
+    missing = new.copy()
+    missing.obsm["protein_expression"][:] = -1
+    del new.obsm["protein_expression"]
+    for rna in (new, missing):
+        query = fit_query(fit, rna, **SETTINGS)
+        imputed = pyrosc.impute_proteins(query, rna).mean.mean(0)
+        assert (np.abs(np.log(imputed / measured)) < np.log(2)).all()
+
+
+def test_a_model_that_for_data_did_not_make_alone_is_refused(cells):
+    data = read(of_batches(cells, "batch_0"))
+    model = VAE.for_data(data, n_latent=3, hidden=(8,))
+    model.prior = pyrosc.priors.Mixture(2, 3)
+    with pytest.raises(TypeError, match="for_data alone"):
+        fit_query(fit_svi(model, data, **SETTINGS), of_batches(cells, "batch_2"))
+
+
+def test_dropouts_of_absent_genes_are_not_known(cells):
+    fit = fitted("vae of everything", of_batches(cells, "batch_0", "batch_1"))
+    less = of_batches(cells, "batch_2")[:, 3:].copy()
+    query = fit_query(fit, less, **SETTINGS)
+    assert np.isnan(pyrosc.dropout_probability(query, less, genes=["gene_0"])).all()
+    assert np.isfinite(pyrosc.dropout_probability(query, less)).all()
+    # Totals, of which the prior of l is made, are of all genes.
+    totals = query.program.library.log_mean.exp()
+    assert float(totals[-1] / totals[0]) == pytest.approx(1, rel=0.25)
+
+
 @pytest.mark.parametrize("gates", [False, True])
 @pytest.mark.parametrize("shape", [(6, 9), (2, 6, 9)])
 def test_genes_left_out_add_nothing_to_the_density(gates, shape):

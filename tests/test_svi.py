@@ -760,3 +760,12 @@ def test_parameters_that_functions_close_over_are_not_left_untrained(data):
     with pytest.raises(ValueError, match="would not be trained"):
         fit_svi(model, data, guide, epochs=1, progress=False)
     assert net.weight.grad is None
+
+
+def test_a_frozen_part_runs_as_trained(data):
+    vae = VAE.for_data(data, n_latent=2, hidden=(8,))
+    vae.encoder.body.requires_grad_(requires_grad=False)
+    before = {name: t.clone() for name, t in vae.state_dict().items()}
+    fit = fit_svi(vae, data, epochs=2, progress=False)
+    for name, tensor in fit.program.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name.startswith("encoder.body") or "prior" in name), name

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from pyro import poutine
+from scipy.sparse import csr_array, csr_matrix
 from scipy.stats import nbinom
 from sklearn.metrics import roc_auc_score
 
@@ -130,7 +131,6 @@ def test_an_array_of_proteins_has_numbers_for_names(truth):
         (lambda t: t * 0.5, ValueError, "not whole"),
         (lambda t: t - 5, ValueError, "negative"),
         (lambda t: t * np.inf, ValueError, "infinite"),
-        (lambda t: t * np.nan, ValueError, "no protein that was measured"),
         (lambda t: t.set_axis(["a"] * t.shape[1], axis=1), ValueError, "same name"),
     ],
 )
@@ -140,6 +140,21 @@ def test_bad_proteins_are_refused(truth, change, error, says):
     other.obsm["protein_expression"] = change(table.where(table >= 0))
     with pytest.raises(error, match=says):
         from_anndata(other, protein_key="protein_expression")
+
+
+def test_a_sparse_array_of_proteins_is_read(truth):
+    other = truth.copy()
+    y = truth.obsm["protein_expression"].to_numpy()
+    for sparse in (csr_array(y), csr_matrix(y)):
+        other.obsm["protein_expression"] = sparse
+        np.testing.assert_array_equal(from_anndata(other, protein_key="protein_expression").proteins, y)
+
+
+def test_cells_without_a_measured_protein_are_answered(truth, fit):
+    alone = truth[truth.obs["batch"] == "batch_1"].copy()
+    assert np.isfinite(pyrosc.foreground(fit, alone)).all(axis=None)
+    drawn = pyrosc.posterior_predictive(fit, truth[:5], site="proteins")
+    assert drawn[0].shape == (5, 8)
 
 
 def test_data_without_proteins_are_refused(truth):

@@ -1,5 +1,6 @@
 """TOTALVI: the variational autoencoder of RNA and surface proteins of the same cells (totalVI)."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ class TOTALVI(nn.Module):
 
     Departures from totalVI: z is normal, not its softmax; proteins and genes share the features h; the guide
     reads beta off the counts, not off z; no classifier is trained against differences between batches.
-    c and d start at the lower of two normal distributions fitted to log(1 + y) of each batch and protein.
+    c and d start at the lower of two normal distributions fitted to log(1 + y) of each batch and protein. All
+    parameters have a normal prior of precision 5 (the attribute ``weight_decay``), c and log d around their
+    start; the losses reported leave it out. :func:`pyrosc.log_likelihood` is log p(x, y).
 
     The deterministic sites ``"foreground"`` and ``"protein_mean"`` are the probability that v = 1 given y (p
     where y is missing), and that times beta alpha: counts of the protein without the background. Ask with
@@ -233,7 +236,7 @@ class Background(nn.Module):
     Parameters
     ----------
     log_mean, log_sd
-        Where c and log d start, (batches, proteins), natural log of counts.
+        Where c and log d start, (batches, proteins), natural log of counts; NaN where it is not known.
     """
 
     start: Tensor
@@ -248,6 +251,7 @@ class Background(nn.Module):
     @classmethod
     def for_data(cls, data: Counts) -> "Background":
         """Start at the lower of two normals fitted to log(1 + y) in each batch that has the protein."""
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture  # takes long to import
 
         n_batches, n_proteins = len(data.schema.batches), len(data.schema.proteins)
@@ -258,16 +262,19 @@ class Background(nn.Module):
                 if len(np.unique(y)) < 3:
                     moments[:, s, t] = (y.mean(), 0.5) if len(y) else np.nan
                     continue
-                mixture = GaussianMixture(2, random_state=0).fit(y[:, None])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)  # a start need not be the end
+                    mixture = GaussianMixture(2, random_state=0).fit(y[:, None])
                 lower = mixture.means_.argmin()
                 moments[:, s, t] = mixture.means_[lower, 0], mixture.covariances_[lower, 0, 0] ** 0.5
-        # A batch without the protein starts at the mean of those that have it.
+        # A batch without the protein starts at the mean of those that have it; without any, it is not known.
         have = ~np.isnan(moments)
-        mean = np.where(have, moments, 0).sum(1, keepdims=True) / np.maximum(1, have.sum(1, keepdims=True))
+        total, n = np.where(have, moments, 0).sum(1, keepdims=True), have.sum(1, keepdims=True)
+        mean = np.divide(total, n, out=np.full_like(total, np.nan), where=n > 0)
         c, d = torch.as_tensor(np.where(have, moments, mean)).float()
         return cls(c.clamp_min(-1.0), d.clamp(0.05, 2.0).log())
 
     def forward(self, cells: Cells) -> dist.LogNormal:
         """Return LogNormal, (cells, proteins)."""
-        c, log_d = (self.start + self.change)[cells.batch].chunk(2, -1)
+        c, log_d = (self.start.nan_to_num() + self.change)[cells.batch].chunk(2, -1)
         return dist.LogNormal(c, log_d.exp())

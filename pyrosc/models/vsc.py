@@ -206,7 +206,7 @@ class VSC(nn.Module):
         """W of a linear decoder: see :attr:`LDVAE.loadings`."""
         if len(self.decoder.body):
             msg = 'only the VSC of decoder="linear" has loadings'
-            raise AttributeError(msg)
+            raise TypeError(msg)  # (an AttributeError of a property of a module is not shown)
         weight = self.decoder.logits.weight[:, : self.encoder.n_latent].detach()
         return weight - weight.mean(0)
 
