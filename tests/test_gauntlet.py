@@ -96,7 +96,7 @@ CASES = {
         for name in ("poisson", "nb", "zip", "zinb")
     },
     "dca ridge": made(DCA, hidden=(8, 2, 8), dispersion="gene", ridge=0.1),
-    "gmvae uniform latent library": made(
+    "gmvae learned latent library": made(
         GMVAE, n_components=3, proportions="uniform", library="latent", n_latent=2, hidden=(8,)
     ),
     "vsc linear": made(VSC, decoder="linear", n_latent=2, hidden=(8,), branch=4),
