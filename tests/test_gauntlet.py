@@ -97,7 +97,7 @@ CASES = {
     },
     "dca ridge": made(DCA, hidden=(8, 2, 8), dispersion="gene", ridge=0.1),
     "gmvae learned latent library": made(
-        GMVAE, n_components=3, proportions="uniform", library="latent", n_latent=2, hidden=(8,)
+        GMVAE, n_components=3, proportions="learned", library="latent", n_latent=2, hidden=(8,)
     ),
     "vsc linear": made(VSC, decoder="linear", n_latent=2, hidden=(8,), branch=4),
     "vsc pseudo": made(VSC, prior="pseudo", n_pseudo=3, norm="layer", n_latent=2, hidden=(8,), branch=4),

@@ -38,8 +38,8 @@ class GMVAE(nn.Module):
     have local optima: fit with several seeds, and keep the one of the best validation loss.
 
     Departures from scVAE: it has a network q(y given x) and a q(z given x, y) of each component, and decodes
-    each cell once a component; p(y given z) is the best q(y given z) that there is. pi is learned
-    by default (there uniform), the library size observed, and covariates enter as in :class:`VAE`.
+    each cell once a component; p(y given z) is the best q(y given z) that there is. The library size is
+    observed by default, and covariates enter as in :class:`VAE`.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class GMVAE(nn.Module):
         likelihood: str = "nb",
         library: str = "observed",
         dispersion: str = "gene",
-        proportions: str | Sequence[float] = "learned",
+        proportions: str | Sequence[float] = "uniform",
         n_latent: int = 10,
         hidden: Sequence[int] = (128,),
         norm: str | None = "batch",
@@ -108,8 +108,7 @@ class GMVAE(nn.Module):
         n_components
             Number of clusters.
         proportions
-            pi: ``"learned"``, ``"uniform"``, or fixed numbers. Uniform ones split large clusters to make all
-            alike.
+            pi: ``"uniform"``, ``"learned"``, or fixed numbers.
         likelihood, library, dispersion, n_latent, hidden, norm, dropout, encode_covariates, seed
             See :meth:`VAE.for_data`.
 
