@@ -26,7 +26,7 @@ from pyrosc.counts import Counts, Schema
 from pyrosc.programs import check_programs, copied, device_of, isolated, modules_of, own_parameters, pair
 from pyrosc.svi import Fit
 
-FORMAT = 2  # 1: the batch came first among the covariates, and VSC had another gate
+FORMAT = 3  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced
 TENSORS, RECORD = "parameters.safetensors", "fit.json"
 
 

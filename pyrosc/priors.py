@@ -56,14 +56,15 @@ class Mixture(nn.Module):
     r"""p(z) = sum_y pi_y N(z; mu_y, diag sigma_y^2): a learned mixture, its component y summed out.
 
     The means start at draws from N(0, `spread`^2), far apart from each other for the sds of 1 they start with
-    (in d dimensions by `spread` sqrt(2 d)): components that start in one place stay there.
+    (in d dimensions by `spread` sqrt(2 d)): components that start in one place stay there. They are
+    :attr:`PACE` times a parameter.
 
     Parameters
     ----------
     n_components, n_latent
         Sizes.
     proportions
-        pi: ``"uniform"`` and fixed, ``"learned"``, or the fixed numbers, divided by their sum.
+        pi: ``"learned"``, ``"uniform"`` and fixed, or the fixed numbers, divided by their sum.
     spread
         Standard deviation of the means at the start.
 
@@ -73,17 +74,21 @@ class Mixture(nn.Module):
         If the proportions are no such thing.
     """
 
+    PACE = 10.0
+    """Adam moves a parameter by about the learning rate a step. States move faster than that, and components
+    that can't follow them end up empty, or one around two clusters."""
+
     logits: Tensor
 
     def __init__(
         self,
         n_components: int,
         n_latent: int,
-        proportions: Any = "uniform",
+        proportions: Any = "learned",
         spread: float = 1.0,
     ) -> None:
         super().__init__()
-        self.loc = nn.Parameter(torch.randn(n_components, n_latent) * spread)
+        self.paced_loc = nn.Parameter(torch.randn(n_components, n_latent) * (spread / self.PACE))
         self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
         if isinstance(proportions, str) and proportions == "learned":
             self.logits = nn.Parameter(torch.zeros(n_components))
@@ -106,12 +111,12 @@ class Mixture(nn.Module):
     def extra_repr(self) -> str:
         """Show the sizes."""
         learned = isinstance(self.logits, nn.Parameter)
-        return "{}, {}, proportions {}".format(*self.loc.shape, "learned" if learned else "fixed")
+        return "{}, {}, proportions {}".format(*self.paced_loc.shape, "learned" if learned else "fixed")
 
     @property
     def components(self) -> dist.Independent:
         """N(mu_y, diag sigma_y^2), batch shape (components,)."""
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        return dist.Normal(self.PACE * self.paced_loc, self.log_scale.exp()).to_event(1)
 
     def forward(self, cells: Cells) -> dist.MixtureSameFamily:
         """Return the mixture, for each cell."""
@@ -228,7 +233,7 @@ def prior_of(name: str, n_latent: int, encoder: nn.Module, data: Counts, n_compo
     if name == "normal":
         return StandardNormal(n_latent)
     if name == "mixture":
-        return Mixture(n_components, n_latent, "learned")
+        return Mixture(n_components, n_latent)
     if name == "vamp":
         return VampPrior(encoder, PseudoCells.for_data(data, n_components, encoder))
     msg = f'prior must be "normal", "mixture" or "vamp", not {name!r}'

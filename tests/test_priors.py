@@ -31,8 +31,8 @@ def test_a_flat_prior_says_nothing(cells):
 def mixture_log_density(prior, z):
     """By scipy, each component's log pi N(z), (cells, components)."""
     pi = torch.softmax(prior.logits, -1).detach().double().numpy()
-    loc, scale = prior.loc.detach().double().numpy(), prior.log_scale.exp().detach().double().numpy()
-    normals = stats.norm(loc, scale).logpdf(z.double().numpy()[:, None]).sum(-1)
+    loc, log_scale = (p.detach().double().numpy() for p in (prior.paced_loc, prior.log_scale))
+    normals = stats.norm(prior.PACE * loc, np.exp(log_scale)).logpdf(z.double().numpy()[:, None]).sum(-1)
     return np.log(pi) + normals
 
 

@@ -91,7 +91,7 @@ class GMVAE(nn.Module):
         likelihood: str = "nb",
         library: str = "observed",
         dispersion: str = "gene",
-        proportions: str | Sequence[float] = "uniform",
+        proportions: str | Sequence[float] = "learned",
         n_latent: int = 10,
         hidden: Sequence[int] = (128,),
         norm: str | None = "batch",
@@ -108,7 +108,7 @@ class GMVAE(nn.Module):
         n_components
             Number of clusters.
         proportions
-            pi: ``"uniform"``, ``"learned"``, or fixed numbers.
+            pi: ``"learned"``, ``"uniform"``, or fixed numbers.
         likelihood, library, dispersion, n_latent, hidden, norm, dropout, encode_covariates, seed
             See :meth:`VAE.for_data`.
 
