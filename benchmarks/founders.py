@@ -63,7 +63,7 @@ OURS: dict[str, dict[str, dict]] = {
         "pyrosc, linear variance": {"model": {"library": "latent", "dispersion": "gene-linear"}},
         "pyrosc, observed library": {},
     },
-    "dca": {"pyrosc": {}, "pyrosc, 30 epochs": {"fit": {"epochs": 30}}},
+    "dca": {"pyrosc": {}, "pyrosc, 20 epochs": {"fit": {"epochs": 20}}},
     "clusters": {"pyrosc": {}},
 }
 SCVAE = {
@@ -269,7 +269,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cluster-seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--scvi-seeds", nargs="+", type=int, default=[0], help="of clusters' peer")
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/founders.json; none for --smoke"
+        "--output",
+        type=Path,
+        help="folder of a founders_PART.json for each part, default benchmarks/results; none for --smoke",
     )
     parser.add_argument("--smoke", action="store_true", help="toy counts, two epochs, one seed")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
@@ -318,19 +320,20 @@ def main() -> None:
     else:
         for name in ("pbmc3k", "pbmc_cite_10k5k"):
             common.leave_without(options.data, name)
-        options.output = options.output or common.RESULTS / "founders.json"
+        options.output = options.output or common.RESULTS
         compile_loops()
     record = common.commit() | {"machine": common.machine()}
-    rows = [row for part in options.parts for row in rows_of(part, options)]
-    versions = {row["contestant"].partition(",")[0]: row.pop("versions") for row in rows}
-    lines = [line for part in options.parts for line in summary(part, rows)]
-    for line in lines:
-        show(line["part"], line)
     settings = {"ours": OURS, "scvae": SCVAE, "components": COMPONENTS}
     settings |= {name: getattr(options, name) for name in ("seeds", "cluster_seeds", "scvi_seeds")}
-    found = {"settings": settings, "versions": versions, "summary": lines, "rows": rows}
-    if options.output:
-        common.write_json(options.output, record | found)
+    for part in options.parts:
+        rows = list(rows_of(part, options))
+        versions = {row["contestant"].partition(",")[0]: row.pop("versions") for row in rows}
+        lines = summary(part, rows)
+        for line in lines:
+            show(part, line)
+        found = {"settings": settings, "versions": versions, "summary": lines, "rows": rows}
+        if options.output:
+            common.write_json(options.output / f"founders_{part}.json", record | found)
 
 
 if __name__ == "__main__":
