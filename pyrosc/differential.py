@@ -6,6 +6,7 @@ rows together.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from numpy import ndarray
 from pyrosc.asking import draws
 from pyrosc.counts import Counts
 from pyrosc.reading import as_counts
-from pyrosc.shrinkage import Arm, Posterior, likelihood, shrink, sums
+from pyrosc.shrinkage import Posterior, likelihood, shrink
 from pyrosc.svi import Fit
+from pyrosc.variation import Arm, sums
 
 Number = float | int  # beartype does not take 0 for a float
 
@@ -204,6 +206,7 @@ def differential_expression(
     estimand: str = "mean",
     delta: Number = 0.25,
     fdr: Number = 0.05,
+    replicate_key: Any = None,
     batch: str | None = "average",
     interval: Number = 0.9,
     n_draws: int = 2000,
@@ -248,6 +251,10 @@ def differential_expression(
         Smallest log2 fold change of interest, at least 0.
     fdr
         Target of the false discovery rate over all rows of the table together, between 0 and 1.
+    replicate_key
+        Column of ``obs``, or one value for each cell, that names the donor or sample a cell is of; with
+        ``"mean"``. What a donor's cells have in common then widens the intervals, see Notes, and the
+        conclusions are about donors, not about these donors' cells. A cell without one is left out.
     batch
         ``"average"``: compare within the fit's batches, so that no batch effect is taken for a difference.
         For means: a rate of each batch; batches without cells of both sides say nothing. For cells: each pair
@@ -272,7 +279,8 @@ def differential_expression(
         |lfc_mean| / lfc_sd, then the fit's order: gene, group, reference; the columns of :func:`compare`;
         mean_share and mean_share_reference (of the counts of these genes; with ``"cell"``, of the draws),
         raw_mean and raw_mean_reference (counts per cell), expressing and expressing_reference (share of the
-        cells that have a count). With ``"mean"`` these describe the cells that were compared.
+        cells that have a count). With ``"mean"`` these describe the cells that were compared; with
+        `replicate_key` there are also replicates and replicates_reference, how many of either side were.
         Genes that the data of a query lack have no row.
 
     Raises
@@ -285,7 +293,11 @@ def differential_expression(
 
     Notes
     -----
-    Cells count as independent: with few donors, intervals are too narrow for conclusions about donors.
+    Without a `replicate_key` cells count as independent: with few donors, intervals are too narrow for
+    conclusions about donors. With one, the log rate of each donor, in each batch and on each side, has an
+    error of variance tau_g^2, estimated from the counts by :func:`pyrosc.variation.between_replicates`. A
+    donor with cells on both sides is compared with itself, the others with those of their batch. With fewer
+    than two donors on a side tau_g^2 is the other side's, or taken for 0; there is a warning.
 
     Shares sum to 1: if a few abundant genes rise, all others fall a little, and the fold change says so.
 
@@ -318,13 +330,13 @@ def differential_expression(
     Bayes method for differential expression analysis of single cells with deep generative models, 2023.
     """
     _check_numbers(delta, fdr, interval)
-    _check_question(fit, estimand, batch, n_draws)
+    _check_question(fit, estimand, batch, n_draws, replicate_key)
     batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
     codes, names = _groups(data, groupby)
-    batches = fit.schema.batches
-    strata = (np.zeros_like(data.batch), 1) if batch is None else (data.batch, len(batches))
-    arms = sums(data.x, codes, len(names), *strata)
+    units = _units(fit, data, replicate_key, batch)
+    codes = np.where(units.of_cell < 0, -1, codes)
+    arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
     eps = 0.01 / float(np.median(data.library))
     tables = []
     for a, b in _pairs(codes, names, group, reference):
@@ -338,10 +350,16 @@ def differential_expression(
                 fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds, eps=eps
             )
         else:
-            arm, other = _comparable(arm, other, batch, batches, names[a])
-            lfc, shares = shrink(likelihood(arm, other)), [v.x.sum(0) / v.l.sum() for v in (arm, other)]
+            use = _comparable(arm, other, units, batch, fit.schema.batches, names[a])
+            arm, other = arm[use], other[use]
+            stratum = _strata(arm, other, units.batch[use]) if units.replicated else None
+            lfc = shrink(likelihood(arm, other, stratum))
+            shares = [v.x.sum(0) / v.l.sum() for v in (arm, other)]
         who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
         table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
+        if units.replicated:
+            sides = _replicates(arm, other, units.replicate[use], names[a])
+            table["replicates"], table["replicates_reference"] = sides
         table = table[~table.gene.isin(fit.schema.absent)]
         evidence = np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))
         tables.append(table.iloc[evidence])
@@ -368,13 +386,16 @@ def _check_numbers(delta: Number, fdr: Number, interval: Number) -> None:
             raise ValueError(msg)
 
 
-def _check_question(fit: Fit, estimand: str, batch: str | None, n_draws: int) -> None:
+def _check_question(fit: Fit, estimand: str, batch: str | None, n_draws: int, replicate_key: Any) -> None:
     if estimand not in ("mean", "cell"):
         msg = f'estimand must be "mean" or "cell", not {estimand!r}'
         raise ValueError(msg)
     if batch not in (None, "average", *fit.schema.batches):
         known = ", ".join(fit.schema.batches)
         msg = f'no batch {batch!r}; the fit knows {known}; or give "average" or None'
+        raise ValueError(msg)
+    if estimand == "cell" and replicate_key is not None:
+        msg = 'replicates are of the means\' question: give estimand="mean", or no replicate_key'
         raise ValueError(msg)
     if n_draws < 1:
         msg = f"n_draws must be at least 1, not {n_draws}"
@@ -386,7 +407,7 @@ def _log_odds(p: Any, least: float) -> Any:
     return np.log(p) - np.log1p(-p)
 
 
-def _groups(data: Counts, groupby: Any) -> tuple[ndarray, list[str]]:
+def _groups(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:
     """Return each cell's group as a code, -1 for none, and the groups' names, in the column's order."""
     if isinstance(groupby, str):
         if groupby not in data.obs:
@@ -397,7 +418,7 @@ def _groups(data: Counts, groupby: Any) -> tuple[ndarray, list[str]]:
         groupby = groupby.loc[data.cell_names]  # by its own names of cells, in whatever order
     if len(groupby) != data.n_cells:
         msg = (
-            f"groupby has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
+            f"{what} has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
         )
         raise ValueError(msg)
     values = pd.Categorical(groupby)
@@ -435,21 +456,71 @@ def _pairs(codes: ndarray, names: list[str], group: Any, reference: Any) -> list
     return [(names.index(name), -1 if rest else names.index(reference)) for name in asked]
 
 
-def _comparable(a: Arm, b: Arm, batch: str | None, batches: Sequence[str], name: str) -> tuple[Arm, Arm]:
-    """Return the sums over the cells whose means are compared: of one batch, or of those with both sides."""
-    if batch in (None, "average"):
-        use = np.flatnonzero((a.cells > 0) & (b.cells > 0))
-        where, remedy = "in batches that have both", "give batch=None to ignore batches"
-    else:
-        use = np.array([batches.index(batch)])
-        where, remedy = f"in batch {batch!r}", 'give another batch, or "average"'
-    a, b = a[use], b[use]
-    if min(a.n, b.n) < 2:
-        msg = (
-            f"group {name!r} has {a.n} cells and its reference {b.n} {where}, each needs 2 at least: {remedy}"
-        )
+@dataclass(frozen=True)
+class _Units:
+    """What counts are summed over: batches, or replicates in batches."""
+
+    of_cell: Int[ndarray, "cells"]  # -1: none
+    batch: Int[ndarray, "units"]
+    replicate: Int[ndarray, "units"]
+    replicated: bool
+
+
+def _units(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> _Units:
+    """Return the units of a question, batches being one where they are ignored."""
+    batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
+    if replicate_key is None:
+        each = np.arange(1 if batch is None else len(fit.schema.batches))
+        return _Units(batches, each, each, replicated=False)
+    replicate, names = _groups(data, replicate_key, "replicate_key")
+    known = replicate >= 0
+    if not known.any():
+        msg = "no cell has a replicate: replicate_key names a column, or has a value for each cell"
         raise ValueError(msg)
-    return a, b
+    units, of_known = np.unique((batches * len(names) + replicate)[known], return_inverse=True)
+    of_cell = np.full(data.n_cells, -1)
+    of_cell[known] = of_known
+    return _Units(of_cell, units // len(names), units % len(names), replicated=True)
+
+
+def _comparable(
+    a: Arm, b: Arm, units: _Units, batch: str | None, batches: Sequence[str], name: str
+) -> Int[ndarray, "used"]:
+    """Return the units whose means are compared: of one batch, or of those that have both sides.
+
+    A replicate that has both is compared with itself, the others with those of their batch.
+    """
+    asked = batch in (None, "average") or units.batch == batches.index(batch)
+    stratum = _strata(a, b, units.batch) if units.replicated else units.batch
+    has_both = np.logical_and(*(np.isin(stratum, stratum[arm.cells > 0]) for arm in (a, b)))
+    use = np.flatnonzero(asked & has_both & (a.cells + b.cells > 0))
+    n, m = a[use].n, b[use].n
+    if min(n, m) < 2:
+        where, remedy = f"in batch {batch!r}", 'give another batch, or "average"'
+        if batch in (None, "average"):
+            where, remedy = "in batches that have both", "give batch=None to ignore batches"
+        msg = f"group {name!r} has {n} cells and its reference {m} {where}, each needs 2 at least: {remedy}"
+        raise ValueError(msg)
+    return use
+
+
+def _strata(a: Arm, b: Arm, batch: Int[ndarray, "units"]) -> Int[ndarray, "units"]:
+    """Return which units have a rate in common: a replicate with both sides its own, the others by batch."""
+    paired = (a.cells > 0) & (b.cells > 0)
+    own = len(batch) + np.arange(len(batch))
+    return np.unique(np.where(paired, own, batch), return_inverse=True)[1]
+
+
+def _replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"], name: str) -> tuple[int, int]:
+    """Return how many replicates either side has; warn of fewer than two."""
+    n, m = (len(np.unique(replicate[arm.cells > 0])) for arm in (a, b))
+    if min(n, m) < 2:
+        warnings.warn(
+            f"group {name!r} has cells of {n} replicates and its reference of {m}: how far replicates differ "
+            "is seen with two of each at least, and conclusions are about these replicates only",
+            stacklevel=3,
+        )
+    return n, m
 
 
 def _cells(

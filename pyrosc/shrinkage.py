@@ -1,6 +1,6 @@
 """Log2 fold changes between mean counts: their likelihood, a prior learned across genes, the posterior.
 
-It knows sums of counts over cells, not models. Each of the three is a curve over :data:`LFC`, a grid.
+It knows sums of counts, not models. Each of the three is a curve over :data:`LFC`, a grid.
 Curves of all genes are worked on in torch: numpy's threads and torch's, taking turns, wait for each other.
 """
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import numpy as np
-import scipy.sparse as sp
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
+
+from pyrosc.variation import Arm, between_replicates, dispersion
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
@@ -25,137 +26,22 @@ _WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
 _LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
 _DENSITY = torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=_LEAST).exp()
-_CELLS = 4096  # summed at a time, so that little is copied
 _BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Sums over one side's cells in each batch: all that the comparison needs of them.
-
-    Attributes
-    ----------
-    cells, expressing : ndarray of shape (batches,) and (batches, genes)
-        Number of cells, and of cells with a count of the gene.
-    l, ll : ndarray of shape (batches,)
-        Sums of the cells' totals l and of their squares, in counts.
-    x, xx, xl : ndarray of shape (batches, genes)
-        Sums of the counts x, of x^2 and of x l.
-    """
-
-    cells: Float[ndarray, "batches"]
-    expressing: Float[ndarray, "batches genes"]
-    l: Float[ndarray, "batches"]
-    ll: Float[ndarray, "batches"]
-    x: Float[ndarray, "batches genes"]
-    xx: Float[ndarray, "batches genes"]
-    xl: Float[ndarray, "batches genes"]
-
-    def __getitem__(self, batches: ndarray) -> "Arm":
-        """Return the sums over some of the batches' cells only."""
-        return Arm(**{name: value[batches] for name, value in vars(self).items()})
-
-    def __add__(self, other: "Arm") -> "Arm":
-        return Arm(**{name: value + vars(other)[name] for name, value in vars(self).items()})
-
-    @property
-    def n(self) -> int:
-        """Number of cells, over all batches."""
-        return int(self.cells.sum())
-
-
-def sums(x: sp.csr_array, codes: ndarray, n_groups: int, batch: ndarray, n_batches: int) -> list[Arm]:
-    """Sum over the cells of each group and batch, some cells at a time; nothing dense is made of them.
-
-    Parameters
-    ----------
-    x
-        Counts, (cells, genes).
-    codes, batch
-        Of each cell's group, -1 for none, and batch; (cells,).
-    n_groups, n_batches
-        Numbers of groups and of batches.
-
-    Returns
-    -------
-    list of Arm
-        One for each group.
-    """
-    stratum = np.where(codes < 0, -1, codes * n_batches + batch)
-    of: dict[str, ndarray] = {}
-    for start in range(0, max(1, x.shape[0]), _CELLS):
-        some = slice(start, start + _CELLS)
-        for name, value in _sums(x[some], stratum[some], n_groups * n_batches).items():
-            of[name] = of[name] + value if name in of else value
-    by_group = {name: value.reshape(n_groups, n_batches, *value.shape[1:]) for name, value in of.items()}
-    return [Arm(**{name: value[i] for name, value in by_group.items()}) for i in range(n_groups)]
-
-
-def _sums(x: sp.csr_array, stratum: ndarray, n_strata: int) -> dict[str, ndarray]:
-    """Return the sums over the cells of each stratum, those of -1 left out."""
-    rows = np.flatnonzero(stratum >= 0)
-    places = stratum[rows].astype(np.int32), rows.astype(np.int32)  # as x.indices, which is then not copied
-    member = sp.csr_array((np.ones(len(rows)), places), shape=(n_strata, x.shape[0]))
-    x = x.astype(np.float64)
-    l = np.asarray(x.sum(axis=1)).ravel()
-    seen = sp.csr_array((np.ones(x.nnz), x.indices, x.indptr), shape=x.shape)
-    return {
-        "cells": member @ np.ones(len(l)),
-        "expressing": (member @ seen).toarray(),
-        "l": member @ l,
-        "ll": member @ l**2,
-        "x": (member @ x).toarray(),
-        "xx": (member @ x.power(2)).toarray(),
-        "xl": ((member * l) @ x).toarray(),
-    }
-
-
-def dispersion(arm: Arm) -> Float[ndarray, "genes"]:
-    r"""Return each gene's dispersion phi: a count of mean mu has the variance mu + phi mu^2.
-
-    By moments: within batch b, where r = sum x / sum l, the sum of (x - l r)^2 is that of l r + phi l^2 r^2.
-    A gene's value is noisy, so it is drawn towards the precision-weighted mean over the genes, as far as the
-    spread between genes is what the noise alone would make (DerSimonian and Laird, 1986).
-
-    Parameters
-    ----------
-    arm
-        Batches of a single cell say nothing; with no others, phi is 0.
-    """
-    arm = arm[arm.cells > 1]
-    n, l, ll = (v[:, None] for v in (arm.cells, arm.l, arm.ll))
-    r = arm.x / np.maximum(l, 1)
-    squares = (arm.xx - 2 * r * arm.xl + r**2 * ll) * n / (n - 1)
-    scale = (r**2 * ll).sum(0)
-    known = scale > 0
-    if not known.any():
-        return np.zeros_like(scale)
-    raw = (squares - arm.x).sum(0)[known] / scale[known]
-    phi = max(0.0, (squares - arm.x).sum() / scale.sum())
-    mu = arm.x[:, known] / n
-    for _ in range(3):
-        v = mu + phi * mu**2
-        noise = (n * (v + 2 * v**2)).sum(0) / scale[known] ** 2
-        phi = max(0.0, np.average(raw, weights=1 / noise))
-    w = 1 / noise
-    between = max(0.0, (w * (raw - phi) ** 2).sum() - len(raw) + 1) / (
-        w.sum() - (w**2).sum() / w.sum() + 1e-300
-    )
-    shrunk = np.full_like(scale, phi)
-    shrunk[known] = np.maximum(0, (raw * between + phi * noise) / (between + noise))
-    return shrunk
-
-
-def likelihood(a: Arm, b: Arm) -> Float[ndarray, "genes points"]:
+def likelihood(
+    a: Arm, b: Arm, stratum: Int[ndarray, "units"] | None = None
+) -> Float[ndarray, "genes points"]:
     r"""Return the quasi-likelihood of each log2 fold change of a against b; its maximum is 1.
 
-    In each batch a gene has a rate of its own, and the arms' rates differ by the same factor 2^t in all. Of
-    the sum x over both arms of a batch, a's part is binomial with p = l_a 2^t / (l_a 2^t + l_b) if counts are
-    Poisson; so score and information of t ln 2 are::
+    In each stratum a gene has a rate of its own, and the arms' rates differ by the same factor 2^t in all. Of
+    the sum x over both arms of a stratum, a's part is binomial with p = l_a 2^t / (l_a 2^t + l_b) if counts
+    are Poisson; so score and information of t ln 2 are::
 
-        U = sum_batch x_a (1 - p) - x_b p
-        I = sum_batch x p (1 - p)
-        Var U = I + sum_batch x^2 p^2 (1 - p)^2 (phi_a sum l_a^2 / (sum l_a)^2 + the same of b)
+        U = sum_stratum x_a (1 - p) - x_b p
+        I = sum_stratum x p (1 - p)
+        Var U = I + sum_stratum x^2 p^2 (1 - p)^2 (d_a + d_b)
+        d_a = (phi_a sum_cells l^2 + tau^2 sum_replicates (sum_cells l)^2) / (sum_cells l)^2,  of a's cells
 
     and the log quasi-likelihood of over-dispersed counts is the integral of U I / Var U. It is exact for
     Poisson counts, skewed where they are few, and flat for a gene without counts: a normal approximation by
@@ -164,7 +50,9 @@ def likelihood(a: Arm, b: Arm) -> Float[ndarray, "genes points"]:
     Parameters
     ----------
     a, b
-        Sums over the two arms. Batches without cells of both say nothing.
+        Sums over the two arms, of each unit. Strata without cells of both say nothing.
+    stratum
+        Of each unit, which is a replicate. None: each unit is a stratum, and tau^2 is 0.
 
     References
     ----------
@@ -172,12 +60,18 @@ def likelihood(a: Arm, b: Arm) -> Float[ndarray, "genes points"]:
     """
     # An arm of single cells borrows the other's dispersion.
     phi = [dispersion(arm if (arm.cells > 1).any() else other) for arm, other in ((a, b), (b, a))]
-    extra = [f * (arm.ll / np.maximum(arm.l, 1) ** 2)[:, None] for f, arm in zip(phi, (a, b), strict=True)]
-    odds = a.l[:, None] * 2.0**LFC
-    p = odds / np.maximum(odds + b.l[:, None], 1e-300)
+    tau2 = None if stratum is None else between_replicates(a, b, stratum, phi)
+    pool = np.eye(len(a.l)) if stratum is None else stratum == np.arange(stratum.max() + 1)[:, None]
+    (xa, la), (xb, lb) = ((pool @ arm.x, (pool @ arm.l)[:, None]) for arm in (a, b))
+    extra = np.zeros_like(xa)
+    for arm, f, l in ((a, phi[0], la), (b, phi[1], lb)):
+        cells, replicates = ((pool @ v)[:, None] / np.maximum(l, 1) ** 2 for v in (arm.ll, arm.l**2))
+        extra += f * cells + (0 if tau2 is None else tau2 * replicates)
+    odds = la * 2.0**LFC
+    p = odds / np.maximum(odds + lb, 1e-300)
     pq = p * (1 - p)
-    x = a.x + b.x
-    of_gene = (v.T for v in (x, x**2 * (extra[0] + extra[1]), a.x.sum(0, keepdims=True)))
+    x = xa + xb
+    of_gene = (v.T for v in (x, x**2 * extra, xa.sum(0, keepdims=True)))
     blocks = zip(*(torch.from_numpy(v).split(_BLOCK) for v in of_gene), strict=True)
     p, pq, pq2 = (torch.from_numpy(v) for v in (p, pq, pq**2))
     curves = torch.zeros(x.shape[1], len(LFC), dtype=torch.float64)

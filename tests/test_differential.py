@@ -11,7 +11,8 @@ from scipy.sparse import csr_array
 import pyrosc
 from pyrosc import differential
 from pyrosc.differential import compare, decide, differential_expression, summarise
-from pyrosc.shrinkage import LFC, likelihood, shrink, sums
+from pyrosc.shrinkage import LFC, likelihood, shrink
+from pyrosc.variation import sums
 
 SHARED = ["lfc_mean", "lfc_sd", "lfc_lower", "lfc_upper", "p_up", "p_down", "p_equivalent", "p_de"]
 CALLS = ["bayes_factor", "expected_fdr", "is_de"]

@@ -4,8 +4,9 @@ import scipy.sparse as sp
 import torch
 from scipy import stats
 
-from pyrosc import shrinkage
-from pyrosc.shrinkage import LFC, Arm, Posterior, dispersion, likelihood, shrink, sums
+from pyrosc import shrinkage, variation
+from pyrosc.shrinkage import LFC, Posterior, likelihood, shrink
+from pyrosc.variation import Arm, dispersion, sums
 
 
 def arms_of(x, group, batch=None):
@@ -199,7 +200,7 @@ def test_sums_do_not_depend_on_how_many_cells_are_taken_at_a_time(monkeypatch):
     rng = np.random.default_rng(0)
     x, codes, batch = sp.csr_array(rng.poisson(0.4, (50, 6))), rng.integers(-1, 3, 50), rng.integers(0, 2, 50)
     once = sums(x, codes, 3, batch, 2)
-    monkeypatch.setattr(shrinkage, "_CELLS", 7)
+    monkeypatch.setattr(variation, "_CELLS", 7)
     for a, b in zip(once, sums(x, codes, 3, batch, 2), strict=True):
         for name, value in vars(a).items():
             np.testing.assert_array_equal(vars(b)[name], value)

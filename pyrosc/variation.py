@@ -1,0 +1,217 @@
+"""How counts vary: sums over the cells of groups, dispersion between cells, and between replicates.
+
+Cells of one donor, or sample, are no independent replicates of a group: what they have in common varies from
+donor to donor, and a comparison of groups has to know by how much.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+_CELLS = 4096  # summed at a time, so that little is copied
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Sums over one side's cells in each unit, a batch or a replicate in a batch: all that is needed of them.
+
+    Attributes
+    ----------
+    cells, expressing : ndarray of shape (units,) and (units, genes)
+        Number of cells, and of cells with a count of the gene.
+    l, ll : ndarray of shape (units,)
+        Sums of the cells' totals l and of their squares, in counts.
+    x, xx, xl : ndarray of shape (units, genes)
+        Sums of the counts x, of x^2 and of x l.
+    """
+
+    cells: Float[ndarray, "units"]
+    expressing: Float[ndarray, "units genes"]
+    l: Float[ndarray, "units"]
+    ll: Float[ndarray, "units"]
+    x: Float[ndarray, "units genes"]
+    xx: Float[ndarray, "units genes"]
+    xl: Float[ndarray, "units genes"]
+
+    def __getitem__(self, units: ndarray) -> "Arm":
+        """Return the sums over some of the units' cells only."""
+        return Arm(**{name: value[units] for name, value in vars(self).items()})
+
+    def __add__(self, other: "Arm") -> "Arm":
+        return Arm(**{name: value + vars(other)[name] for name, value in vars(self).items()})
+
+    @property
+    def n(self) -> int:
+        """Number of cells, over all units."""
+        return int(self.cells.sum())
+
+
+def sums(x: sp.csr_array, codes: ndarray, n_groups: int, unit: ndarray, n_units: int) -> list[Arm]:
+    """Sum over the cells of each group and unit, some cells at a time; nothing dense is made of them.
+
+    Parameters
+    ----------
+    x
+        Counts, (cells, genes).
+    codes, unit
+        Of each cell's group, -1 for none, and unit; (cells,).
+    n_groups, n_units
+        Numbers of groups and of units.
+
+    Returns
+    -------
+    list of Arm
+        One for each group.
+    """
+    place = np.where(codes < 0, -1, codes * n_units + unit)
+    of: dict[str, ndarray] = {}
+    for start in range(0, max(1, x.shape[0]), _CELLS):
+        some = slice(start, start + _CELLS)
+        for name, value in _sums(x[some], place[some], n_groups * n_units).items():
+            of[name] = of[name] + value if name in of else value
+    by_group = {name: value.reshape(n_groups, n_units, *value.shape[1:]) for name, value in of.items()}
+    return [Arm(**{name: value[i] for name, value in by_group.items()}) for i in range(n_groups)]
+
+
+def _sums(x: sp.csr_array, place: ndarray, n_places: int) -> dict[str, ndarray]:
+    """Return the sums over the cells of each place, those of -1 left out."""
+    rows = np.flatnonzero(place >= 0)
+    places = place[rows].astype(np.int32), rows.astype(np.int32)  # as x.indices, which is then not copied
+    member = sp.csr_array((np.ones(len(rows)), places), shape=(n_places, x.shape[0]))
+    x = x.astype(np.float64)
+    l = np.asarray(x.sum(axis=1)).ravel()
+    seen = sp.csr_array((np.ones(x.nnz), x.indices, x.indptr), shape=x.shape)
+    return {
+        "cells": member @ np.ones(len(l)),
+        "expressing": (member @ seen).toarray(),
+        "l": member @ l,
+        "ll": member @ l**2,
+        "x": (member @ x).toarray(),
+        "xx": (member @ x.power(2)).toarray(),
+        "xl": ((member * l) @ x).toarray(),
+    }
+
+
+def dispersion(arm: Arm) -> Float[ndarray, "genes"]:
+    r"""Return each gene's dispersion phi: a count of mean mu has the variance mu + phi mu^2.
+
+    By moments: within unit b, where r = sum x / sum l, the sum of (x - l r)^2 is that of l r + phi l^2 r^2.
+    A gene's value is noisy, so it is drawn towards the precision-weighted mean over the genes, as far as the
+    spread between genes is what the noise alone would make (DerSimonian and Laird, 1986).
+
+    Parameters
+    ----------
+    arm
+        Units of a single cell say nothing; with no others, phi is 0.
+    """
+    arm = arm[arm.cells > 1]
+    n, l, ll = (v[:, None] for v in (arm.cells, arm.l, arm.ll))
+    r = arm.x / np.maximum(l, 1)
+    squares = (arm.xx - 2 * r * arm.xl + r**2 * ll) * n / (n - 1)
+    mu = arm.x / n
+
+    def noise(phi: float) -> ndarray:
+        v = mu + phi * mu**2
+        return (n * (v + 2 * v**2)).sum(0)
+
+    return _drawn_together((squares - arm.x).sum(0), (r**2 * ll).sum(0), noise)
+
+
+def between_replicates(
+    a: Arm, b: Arm, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
+) -> Float[ndarray, "genes"] | None:
+    r"""Return the variance tau^2 of each gene's log rate between replicates that are alike by design.
+
+    A replicate's sum x of counts over cells with totals l has the variance ::
+
+        v + tau^2 (r sum l)^2,    v = r sum l + phi r^2 sum l^2
+
+    about r sum l, with the rate r of its arm and stratum. Replicates of one side show tau^2 by how far they
+    are from their common rate. One with cells on both sides has a stratum and a rate r of its own, and a
+    tau^2 on either side; such pairs show it by how far their fold changes are from the common one (Mantel and
+    Haenszel, 1959). Both by moments, with what the common rate or fold change takes up of the squares
+    counted, and drawn together as in :func:`dispersion`.
+
+    Parameters
+    ----------
+    a, b
+        Sums over the two arms, of each replicate in each batch.
+    stratum
+        Of each of these: those of one stratum and one arm are alike but for tau^2.
+    phi
+        Dispersion between the cells of either arm.
+
+    Returns
+    -------
+    ndarray or None
+        None if no stratum of an arm has two replicates, and no two have cells on both sides.
+    """
+    shape = a.x.shape[1]
+    pool = (stratum == np.arange(stratum.max() + 1)[:, None]).astype(float)
+    parts = []  # of each: residuals, their variance without tau^2, its factor, shares in what is common
+    for arm, f in ((a, phi[0]), (b, phi[1])):
+        l = arm.l[:, None]
+        total = np.maximum(pool @ l, 1)[stratum]
+        mean = l * (pool @ arm.x)[stratum] / total
+        known = mean + f * (mean / np.maximum(l, 1)) ** 2 * arm.ll[:, None]
+        parts.append((arm.x - mean, known, mean**2, np.broadcast_to(l / total, mean.shape), pool))
+    both = (a.cells > 0) & (b.cells > 0)
+    a, b = a[both], b[both]
+    la, lb = a.l[:, None], b.l[:, None]
+    one, other = ((u * v / (la + lb)).sum(0) for u, v in ((a.x, lb), (b.x, la)))
+    p = la * one / np.maximum(la * one + lb * other, 1e-300)
+    x = a.x + b.x
+    poisson, square = x * p * (1 - p), (x * p * (1 - p)) ** 2
+    spread = phi[0] * (a.ll / a.l**2)[:, None] + phi[1] * (b.ll / b.l**2)[:, None]
+    share = poisson / np.maximum(poisson.sum(0), 1e-300)
+    parts.append((a.x - x * p, poisson + spread * square, 2 * square, share, np.ones((1, both.sum()))))
+    excess, scale = np.zeros(shape), np.zeros(shape)
+    left = []
+    for residual, known, factor, share, pool in parts:
+        w = 1 - 2 * share + pool.T @ (pool @ share**2)
+        excess += (residual**2 - w * known).sum(0)
+        scale += (w * factor).sum(0)
+        left.append((w, known, factor))
+    if not scale.any():
+        return None
+
+    def noise(tau2: float) -> ndarray:
+        v = [w * (known + tau2 * factor) for w, known, factor in left]
+        return sum((u + 2 * u**2).sum(0) for u in v)
+
+    return _drawn_together(excess, scale, noise)
+
+
+def _drawn_together(
+    excess: Float[ndarray, "genes"],
+    scale: Float[ndarray, "genes"],
+    noise: Callable[[float], Float[ndarray, "genes"]],
+) -> Float[ndarray, "genes"]:
+    """Return excess / scale, at least 0, drawn to the genes' mean as far as noise makes them differ.
+
+    Parameters
+    ----------
+    excess, scale
+        Squares less what is known of them, and the factor that the parameter has in them.
+    noise
+        From the parameter's mean to the variance of the excess.
+    """
+    known = scale > 0
+    if not known.any():
+        return np.zeros_like(scale)
+    raw = excess[known] / scale[known]
+    mean = max(0.0, excess.sum() / scale.sum())
+    for _ in range(3):
+        of_raw = noise(mean)[known] / scale[known] ** 2
+        mean = max(0.0, np.average(raw, weights=1 / of_raw))
+    w = 1 / of_raw
+    spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / (
+        w.sum() - (w**2).sum() / w.sum() + 1e-300
+    )
+    drawn = np.full_like(scale, mean)
+    drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / (spread + of_raw))
+    return drawn

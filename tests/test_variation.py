@@ -1,0 +1,157 @@
+"""Between replicates: how far donors differ, and that comparisons know it."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.sparse as sp
+import torch
+
+from pyrosc import differential_expression, fit_svi
+from pyrosc.shrinkage import LFC, likelihood, shrink
+from pyrosc.variation import between_replicates, dispersion, sums
+
+
+def donors(seed, n_donors, tau, *, paired=False, genes=300, lfc_sd=0.0, mean=None, equal=False):
+    """Counts, each cell's side and donor, and true log2 fold changes; tau: of a donor on a side."""
+    rng = np.random.default_rng(seed)
+    mean = rng.gamma(0.6, 1.5, genes) + 0.3 if mean is None else np.full(genes, mean)
+    donor = np.repeat(np.arange(n_donors), 100 if equal else rng.integers(30, 170, n_donors))
+    side = rng.integers(0, 2, len(donor)) if paired else donor % 2
+    lfc = rng.normal(0, lfc_sd, genes)
+    own = rng.normal(0, 0.5, (n_donors, genes)) * paired  # of the donor, the same on either side
+    rates = np.log(mean) + np.log(2) * lfc * side[:, None] + own[donor]
+    rates = rates + rng.normal(0, tau, (n_donors, 2, genes))[donor, side]
+    lfc -= np.log2((mean * 2**lfc).sum() / mean.sum())  # of shares
+    mu = np.exp(rates) * rng.lognormal(0, 0.3, (len(donor), 1))
+    return rng.poisson(rng.gamma(3, mu / 3)).astype(np.float32), side, donor, lfc
+
+
+def arms_of(x, side, donor):
+    """Sums over the donors' cells of side 1 and side 0, and the strata: of paired donors each its own."""
+    zero, one = sums(sp.csr_array(x), side, 2, donor, int(donor.max()) + 1)
+    paired = (one.cells > 0) & (zero.cells > 0)
+    stratum = np.unique(np.where(paired, 1 + np.arange(len(paired)), 0), return_inverse=True)[1]
+    return one, zero, stratum
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("tau", [0.0, 0.35])
+def test_variance_between_replicates_is_that_of_the_simulation(paired, tau):
+    found = []
+    for seed in range(3):
+        one, zero, stratum = arms_of(*donors(seed, 12, tau, paired=paired)[:3])
+        tau2 = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
+        found.append(tau2.mean())
+    np.testing.assert_allclose(np.mean(found), tau**2, rtol=0.15, atol=0.003)
+
+
+def test_one_replicate_a_side_says_nothing_of_their_variance():
+    one, zero, stratum = arms_of(*donors(0, 2, 0.3)[:3])
+    assert between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)]) is None
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_likelihood_has_the_width_of_the_error_between_replicates(paired):
+    """Over simulated genes, the curve's peak spreads as its own width says; by cells alone it is narrower."""
+    x, side, donor, _ = donors(1, 8, 0.3, paired=paired, genes=1500, mean=4.0, equal=True)
+    widths, spreads = [], []
+    for one, zero, stratum in (arms_of(x, side, donor), arms_of(x, side, np.zeros_like(donor))):
+        curves = likelihood(one, zero, stratum)
+        weights = curves / curves.sum(1, keepdims=True)
+        at = weights @ LFC
+        widths.append(np.sqrt((weights * (LFC - at[:, None]) ** 2).sum(1)).mean())
+        spreads.append(at.std())
+    np.testing.assert_allclose(widths[0], spreads[0], rtol=0.1)
+    assert widths[1] < 0.7 * spreads[1]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_intervals_cover_what_donors_make_of_fold_changes(paired):
+    covered = []
+    for seed in range(6):
+        x, side, donor, lfc = donors(seed, 10, 0.3, paired=paired, mean=3.0, lfc_sd=0.6)
+        posterior = shrink(likelihood(*arms_of(x, side, donor)))
+        covered.append(((posterior.quantile(0.05) <= lfc) & (lfc <= posterior.quantile(0.95))).mean())
+    assert 0.865 < np.mean(covered) < 0.935  # 90%, and three standard errors
+
+
+# --- as a question
+
+
+class Shares(torch.nn.Module):
+    """A program that has nothing to train but shares: means are compared without it."""
+
+    def __init__(self, n_genes):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(n_genes))
+
+    def model(self, cells):
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            rho = pyro.deterministic("rho", self.logits.softmax(-1).expand(len(cells), -1), event_dim=1)
+            pyro.sample("x", dist.Poisson(cells.library * rho).to_event(1), obs=cells.x)
+
+    def guide(self, cells):
+        pass
+
+
+def asked(x, side, donor, **told):
+    names = [f"cell {i}" for i in range(len(x))]
+    obs = pd.DataFrame({"side": np.array(["ref", "case"])[side], "donor": [f"d{i}" for i in donor]}, names)
+    adata = ad.AnnData(sp.csr_matrix(x), obs=obs)
+    fit = fit_svi(Shares(x.shape[1]), adata, epochs=1, progress=False)
+    told = {"groupby": "side", "group": "case", "replicate_key": "donor"} | told
+    return differential_expression(fit, adata, **told)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_donors_that_differ_are_no_difference_of_their_groups(paired):
+    x, side, donor, _ = donors(0, 6, 0.35, paired=paired)
+    table = asked(x, side, donor)
+    assert not table.is_de.any()
+    assert (table.replicates == (6 if paired else 3)).all()
+    assert (table.replicates_reference == (6 if paired else 3)).all()
+    assert asked(x, side, donor, replicate_key=None).is_de.sum() > 3
+
+
+def test_fold_changes_beyond_what_donors_do_are_found():
+    x, side, donor, lfc = donors(1, 12, 0.2, lfc_sd=1.0, mean=3.0)
+    table = asked(x, side, donor).set_index("gene").loc[[str(g) for g in range(len(lfc))]]
+    assert table.is_de[np.abs(lfc) > 1].mean() > 0.7
+    wrong = np.sign(table.lfc_mean) != np.sign(lfc)
+    assert (wrong & table.is_de).sum() <= 0.05 * table.is_de.sum()
+
+
+def test_cells_of_no_donor_are_left_out():
+    x, side, donor, _ = donors(2, 6, 0.2)
+    known = donor > 0
+    names = pd.Series([f"d{i}" for i in donor]).where(known, None).to_numpy()
+    table, without = asked(x, side, donor, replicate_key=names), asked(x[known], side[known], donor[known])
+    pd.testing.assert_frame_equal(table.drop(columns="raw_mean"), without.drop(columns="raw_mean"))
+
+
+def test_a_single_donor_on_a_side_is_warned_of():
+    x, side, donor, _ = donors(3, 3, 0.2)
+    with pytest.warns(UserWarning, match="1 replicates .* about these replicates only"):
+        asked(x, side, donor)
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "says"),
+    [
+        ({"replicate_key": "patient"}, KeyError, "no column 'patient'"),
+        ({"replicate_key": ["d"]}, ValueError, "replicate_key has 1 values"),
+        ({"estimand": "cell"}, ValueError, 'estimand="mean"'),
+    ],
+)
+def test_replicates_are_refused_with_a_reason(told, error, says):
+    with pytest.raises(error, match=says):
+        asked(*donors(4, 4, 0.2, genes=20)[:3], **told)
+
+
+def test_cells_without_any_donor_are_refused():
+    x, side, donor, _ = donors(4, 4, 0.2, genes=20)
+    with pytest.raises(ValueError, match="no cell has a replicate"):
+        asked(x, side, donor, replicate_key=np.full(len(x), None))
