@@ -40,6 +40,7 @@ from pyrosc.posterior import (
     posterior_predictive,
 )
 from pyrosc.query import fit_query
+from pyrosc.ranking import to_scanpy
 from pyrosc.reading import from_anndata
 from pyrosc.states import Clusters, clusters, foreground, inclusion, loadings, predict, zero_inflation
 from pyrosc.svi import Fit, fit_svi
@@ -86,5 +87,6 @@ __all__ = [
     "log_likelihood",
     "posterior_predictive",
     "predict",
+    "to_scanpy",
     "zero_inflation",
 ]

@@ -281,7 +281,7 @@ def differential_expression(
         raw_mean and raw_mean_reference (counts per cell), expressing and expressing_reference (share of the
         cells that have a count). With ``"mean"`` these describe the cells that were compared; with
         `replicate_key` there are also replicates and replicates_reference, how many of either side were.
-        Genes that the data of a query lack have no row.
+        Genes that the data of a query lack have no row. :func:`~pyrosc.to_scanpy` hands it to scanpy.
 
     Raises
     ------
@@ -363,7 +363,9 @@ def differential_expression(
         table = table[~table.gene.isin(fit.schema.absent)]
         evidence = np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))
         tables.append(table.iloc[evidence])
-    return decide(pd.concat(tables, ignore_index=True), fdr)
+    found = decide(pd.concat(tables, ignore_index=True), fdr)
+    found.attrs["groupby"] = groupby if isinstance(groupby, str) else ""
+    return found
 
 
 def _raw(a: Arm, b: Arm, shares: Sequence[ndarray]) -> pd.DataFrame:

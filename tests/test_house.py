@@ -38,7 +38,7 @@ LAYERS = [
     {"posterior", "evidence", "states"},
     {"variation", "query"},
     {"shrinkage"},
-    {"differential", "criticism"},
+    {"differential", "criticism", "ranking"},
     {"plots"},
     {"cli"},
     {"__main__"},
