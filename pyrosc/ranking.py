@@ -12,8 +12,8 @@ def to_scanpy(table: pd.DataFrame, adata: anndata.AnnData, key_added: str = "ran
     """Write a table into ``adata.uns``, for ``sc.pl.rank_genes_groups`` and ``sc.get.rank_genes_groups_df``.
 
     Scanpy's fields are filled so: ``scores`` lfc_mean / lfc_sd, by which each group's genes are sorted, the
-    most clearly raised first; ``logfoldchanges`` lfc_mean, in log2; ``pvals`` the posterior probability that a
-    call in the likelier direction is wrong, 1 - max(p_up, p_down); ``pvals_adj`` expected_fdr; ``pts`` and
+    most clearly raised first; ``logfoldchanges`` lfc_mean, in log2; ``pvals`` the posterior probability that
+    a call in the likelier direction is wrong, 1 - max(p_up, p_down); ``pvals_adj`` expected_fdr; ``pts`` and
     ``pts_rest`` the shares of expressing cells. No p-value is among them.
 
     Parameters
