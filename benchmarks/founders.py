@@ -220,8 +220,7 @@ def summary(part: str, rows: list[dict]) -> list[dict]:
     """Mean score (of clusters the median) and seconds of each contestant; whether ours met the target."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["part"] == part:
-            groups.setdefault((row.get("likelihood"), row["contestant"]), []).append(row)
+        groups.setdefault((row.get("likelihood"), row["contestant"]), []).append(row)
     found = []
     for (likelihood, contestant), own in groups.items():
         scores = np.concatenate([np.atleast_1d(row[SCORES[part]]) for row in own])

@@ -350,14 +350,13 @@ def differential_expression(
                 fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds, eps=eps
             )
         else:
-            use = _comparable(arm, other, units, batch, fit.schema.batches, names[a])
+            use, stratum = _comparable(arm, other, units.batch, batch, fit.schema.batches, names[a])
             arm, other = arm[use], other[use]
-            stratum = _strata(arm, other, units.batch[use]) if units.replicated else None
-            lfc = shrink(likelihood(arm, other, stratum))
+            lfc = shrink(likelihood(arm, other, None if units.replicate is None else stratum))
             shares = [v.x.sum(0) / v.l.sum() for v in (arm, other)]
         who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
         table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
-        if units.replicated:
+        if units.replicate is not None:
             sides = _replicates(arm, other, units.replicate[use], names[a])
             table["replicates"], table["replicates_reference"] = sides
         table = table[~table.gene.isin(fit.schema.absent)]
@@ -464,8 +463,7 @@ class _Units:
 
     of_cell: Int[ndarray, "cells"]  # -1: none
     batch: Int[ndarray, "units"]
-    replicate: Int[ndarray, "units"]
-    replicated: bool
+    replicate: Int[ndarray, "units"] | None  # None: units are whole batches
 
 
 def _units(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> _Units:
@@ -473,7 +471,7 @@ def _units(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> _Un
     batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
     if replicate_key is None:
         each = np.arange(1 if batch is None else len(fit.schema.batches))
-        return _Units(batches, each, each, replicated=False)
+        return _Units(batches, each, None)
     replicate, names = _groups(data, replicate_key, "replicate_key")
     known = replicate >= 0
     if not known.any():
@@ -482,18 +480,19 @@ def _units(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> _Un
     units, of_known = np.unique((batches * len(names) + replicate)[known], return_inverse=True)
     of_cell = np.full(data.n_cells, -1)
     of_cell[known] = of_known
-    return _Units(of_cell, units // len(names), units % len(names), replicated=True)
+    return _Units(of_cell, units // len(names), units % len(names))
 
 
 def _comparable(
-    a: Arm, b: Arm, units: _Units, batch: str | None, batches: Sequence[str], name: str
-) -> Int[ndarray, "used"]:
-    """Return the units whose means are compared: of one batch, or of those that have both sides.
+    a: Arm, b: Arm, of_batch: Int[ndarray, "units"], batch: str | None, batches: Sequence[str], name: str
+) -> tuple[Int[ndarray, "used"], Int[ndarray, "used"]]:
+    """Return the units whose means are compared, and their strata: those that have a rate in common.
 
-    A replicate that has both is compared with itself, the others with those of their batch.
+    A unit that has both sides is compared with itself, the others with those of their batch.
     """
-    asked = batch in (None, "average") or units.batch == batches.index(batch)
-    stratum = _strata(a, b, units.batch) if units.replicated else units.batch
+    asked = batch in (None, "average") or of_batch == batches.index(batch)
+    own = len(of_batch) + np.arange(len(of_batch))
+    stratum = np.where((a.cells > 0) & (b.cells > 0), own, of_batch)
     has_both = np.logical_and(*(np.isin(stratum, stratum[arm.cells > 0]) for arm in (a, b)))
     use = np.flatnonzero(asked & has_both & (a.cells + b.cells > 0))
     n, m = a[use].n, b[use].n
@@ -503,14 +502,7 @@ def _comparable(
             where, remedy = "in batches that have both", "give batch=None to ignore batches"
         msg = f"group {name!r} has {n} cells and its reference {m} {where}, each needs 2 at least: {remedy}"
         raise ValueError(msg)
-    return use
-
-
-def _strata(a: Arm, b: Arm, batch: Int[ndarray, "units"]) -> Int[ndarray, "units"]:
-    """Return which units have a rate in common: a replicate with both sides its own, the others by batch."""
-    paired = (a.cells > 0) & (b.cells > 0)
-    own = len(batch) + np.arange(len(batch))
-    return np.unique(np.where(paired, own, batch), return_inverse=True)[1]
+    return use, np.unique(stratum[use], return_inverse=True)[1]
 
 
 def _replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"], name: str) -> tuple[int, int]:

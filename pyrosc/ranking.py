@@ -4,8 +4,18 @@ import anndata
 import numpy as np
 import pandas as pd
 
-_COLUMNS = ["gene", "group", "reference", "lfc_mean", "lfc_sd", "p_up", "p_down", "expected_fdr"]
-_COLUMNS += ["expressing", "expressing_reference"]
+_COLUMNS = [
+    "gene",
+    "group",
+    "reference",
+    "lfc_mean",
+    "lfc_sd",
+    "p_up",
+    "p_down",
+    "expected_fdr",
+    "expressing",
+    "expressing_reference",
+]
 
 
 def to_scanpy(table: pd.DataFrame, adata: anndata.AnnData, key_added: str = "rank_genes_groups") -> None:
@@ -32,24 +42,8 @@ def to_scanpy(table: pd.DataFrame, adata: anndata.AnnData, key_added: str = "ran
     ValueError
         If the groups have not the same genes, or not one reference.
     """
-    if missing := [name for name in _COLUMNS if name not in table]:
-        msg = f"the table has no column {', '.join(missing)}: give one of pyrosc.differential_expression"
-        raise KeyError(msg)
-    genes = table.gene.unique()
-    if unknown := set(genes) - set(adata.var_names):
-        msg = (
-            f"{len(unknown)} genes of the table are not in adata, such as {min(unknown)!r}: give its own data"
-        )
-        raise KeyError(msg)
-    groups = list(dict.fromkeys(table.group))
-    if len(table) != len(genes) * len(groups) or table.duplicated(["group", "gene"]).any():
-        msg = "each group must have a row for each gene: give the whole table, not a part or several together"
-        raise ValueError(msg)
-    if table.reference.nunique() != 1:
-        msg = (
-            f"one reference is wanted, not {', '.join(table.reference.unique())}: give each its own key_added"
-        )
-        raise ValueError(msg)
+    _check(table, adata)
+    genes, groups = table.gene.unique(), list(table.group.unique())
     wrong = 1 - table[["p_up", "p_down"]].max(axis=1)
     table = table.assign(score=table.lfc_mean / table.lfc_sd, wrong=wrong)
     of = {name: table[table.group == name].sort_values("score", ascending=False) for name in groups}
@@ -79,3 +73,25 @@ def to_scanpy(table: pd.DataFrame, adata: anndata.AnnData, key_added: str = "ran
         "pts": by_gene("expressing"),
         "pts_rest": by_gene("expressing_reference"),
     }
+
+
+def _check(table: pd.DataFrame, adata: anndata.AnnData) -> None:
+    if missing := [name for name in _COLUMNS if name not in table]:
+        msg = f"the table has no column {', '.join(missing)}: give one of pyrosc.differential_expression"
+        raise KeyError(msg)
+    if unknown := set(table.gene) - set(adata.var_names):
+        msg = (
+            f"{len(unknown)} genes of the table are not in adata, such as {min(unknown)!r}: give its own data"
+        )
+        raise KeyError(msg)
+    if (
+        len(table) != table.gene.nunique() * table.group.nunique()
+        or table.duplicated(["group", "gene"]).any()
+    ):
+        msg = "each group must have a row for each gene: give the whole table, not a part or several together"
+        raise ValueError(msg)
+    if table.reference.nunique() != 1:
+        msg = (
+            f"one reference is wanted, not {', '.join(table.reference.unique())}: give each its own key_added"
+        )
+        raise ValueError(msg)

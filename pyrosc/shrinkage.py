@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from pyrosc.variation import Arm, between_replicates, dispersion
+from pyrosc.variation import Arm, between_replicates, dispersion, strata
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
@@ -61,7 +61,7 @@ def likelihood(
     # An arm of single cells borrows the other's dispersion.
     phi = [dispersion(arm if (arm.cells > 1).any() else other) for arm, other in ((a, b), (b, a))]
     tau2 = None if stratum is None else between_replicates(a, b, stratum, phi)
-    pool = np.eye(len(a.l)) if stratum is None else stratum == np.arange(stratum.max() + 1)[:, None]
+    pool = strata(np.arange(len(a.l)) if stratum is None else stratum)
     (xa, la), (xb, lb) = ((pool @ arm.x, (pool @ arm.l)[:, None]) for arm in (a, b))
     extra = np.zeros_like(xa)
     for arm, f, l in ((a, phi[0], la), (b, phi[1], lb)):

@@ -150,15 +150,39 @@ def between_replicates(
     ndarray or None
         None if no stratum of an arm has two replicates, and no two have cells on both sides.
     """
-    shape = a.x.shape[1]
-    pool = (stratum == np.arange(stratum.max() + 1)[:, None]).astype(float)
-    parts = []  # of each: residuals, their variance without tau^2, its factor, shares in what is common
-    for arm, f in ((a, phi[0]), (b, phi[1])):
-        l = arm.l[:, None]
-        total = np.maximum(pool @ l, 1)[stratum]
-        mean = l * (pool @ arm.x)[stratum] / total
-        known = mean + f * (mean / np.maximum(l, 1)) ** 2 * arm.ll[:, None]
-        parts.append((arm.x - mean, known, mean**2, np.broadcast_to(l / total, mean.shape), pool))
+    parts = [_within_side(a, phi[0], stratum), _within_side(b, phi[1], stratum), _within_pairs(a, b, phi)]
+    excess = sum((residual**2 - w * known).sum(0) for w, residual, known, _ in parts)
+    scale = sum((w * factor).sum(0) for w, _, _, factor in parts)
+    if not scale.any():
+        return None
+
+    def noise(tau2: float) -> ndarray:
+        v = [w * (known + tau2 * factor) for w, _, known, factor in parts]
+        return sum((u + 2 * u**2).sum(0) for u in v)
+
+    return _drawn_together(excess, scale, noise)
+
+
+def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
+    """Return the matrix that sums over the units of each stratum: 1 where the unit is of it, else 0."""
+    return (stratum == np.arange(stratum.max() + 1)[:, None]).astype(float)
+
+
+_Part = tuple[ndarray, ndarray, ndarray, ndarray]
+"""Weights w, residuals e, variance v and factor f: the expected squares e^2 are w (v + tau^2 f)."""
+
+
+def _within_side(arm: Arm, phi: Float[ndarray, "genes"], stratum: Int[ndarray, "units"]) -> _Part:
+    """Return how far replicates of one side are from the rate that they have in common."""
+    pool, l = strata(stratum), arm.l[:, None]
+    total = np.maximum(pool @ l, 1)[stratum]
+    mean = l * (pool @ arm.x)[stratum] / total
+    known = mean + phi * (mean / np.maximum(l, 1)) ** 2 * arm.ll[:, None]
+    return _left(l / total, pool), arm.x - mean, known, mean**2
+
+
+def _within_pairs(a: Arm, b: Arm, phi: Sequence[Float[ndarray, "genes"]]) -> _Part:
+    """Return how far replicates with cells on both sides are from their common fold change."""
     both = (a.cells > 0) & (b.cells > 0)
     a, b = a[both], b[both]
     la, lb = a.l[:, None], b.l[:, None]
@@ -168,22 +192,12 @@ def between_replicates(
     poisson, square = x * p * (1 - p), (x * p * (1 - p)) ** 2
     spread = phi[0] * (a.ll / a.l**2)[:, None] + phi[1] * (b.ll / b.l**2)[:, None]
     share = poisson / np.maximum(poisson.sum(0), 1e-300)
-    parts.append((a.x - x * p, poisson + spread * square, 2 * square, share, np.ones((1, both.sum()))))
-    excess, scale = np.zeros(shape), np.zeros(shape)
-    left = []
-    for residual, known, factor, share, pool in parts:
-        w = 1 - 2 * share + pool.T @ (pool @ share**2)
-        excess += (residual**2 - w * known).sum(0)
-        scale += (w * factor).sum(0)
-        left.append((w, known, factor))
-    if not scale.any():
-        return None
+    return _left(share, np.ones((1, len(x)))), a.x - x * p, poisson + spread * square, 2 * square
 
-    def noise(tau2: float) -> ndarray:
-        v = [w * (known + tau2 * factor) for w, known, factor in left]
-        return sum((u + 2 * u**2).sum(0) for u in v)
 
-    return _drawn_together(excess, scale, noise)
+def _left(share: ndarray, pool: Float[ndarray, "strata units"]) -> ndarray:
+    """Return the part of a unit's variance that its mean, of which it is a share, leaves in its residual."""
+    return 1 - 2 * share + pool.T @ (pool @ share**2)
 
 
 def _drawn_together(
