@@ -63,7 +63,7 @@ OURS: dict[str, dict[str, dict]] = {
         "pyrosc, linear variance": {"model": {"library": "latent", "dispersion": "gene-linear"}},
         "pyrosc, observed library": {},
     },
-    "dca": {"pyrosc": {}, "pyrosc, 20 epochs": {"fit": {"epochs": 20}}},
+    "dca": {"pyrosc": {}, "pyrosc, 12 epochs": {"fit": {"epochs": 12}}},
     "clusters": {"pyrosc": {}},
 }
 SCVAE = {

@@ -491,7 +491,7 @@ def _comparable(
     A unit that has both sides is compared with itself, the others with those of their batch.
     """
     asked = batch in (None, "average") or of_batch == batches.index(batch)
-    own = len(of_batch) + np.arange(len(of_batch))
+    own = -1 - np.arange(len(of_batch))  # no batch has such a code
     stratum = np.where((a.cells > 0) & (b.cells > 0), own, of_batch)
     has_both = np.logical_and(*(np.isin(stratum, stratum[arm.cells > 0]) for arm in (a, b)))
     use = np.flatnonzero(asked & has_both & (a.cells + b.cells > 0))

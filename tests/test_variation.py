@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from pyrosc import differential_expression, fit_svi
+from pyrosc.differential import _comparable
 from pyrosc.shrinkage import LFC, likelihood, shrink
 from pyrosc.variation import between_replicates, dispersion, sums
 
@@ -130,6 +131,15 @@ def test_cells_of_no_donor_are_left_out():
     names = pd.Series([f"d{i}" for i in donor]).where(known, None).to_numpy()
     table, without = asked(x, side, donor, replicate_key=names), asked(x[known], side[known], donor[known])
     pd.testing.assert_frame_equal(table, without)
+
+
+def test_a_donor_of_both_sides_shares_its_stratum_with_no_batch():
+    """Two units of three batches: batch 2 has one side only, and says nothing, whatever the others' codes."""
+    x = np.ones((6, 3), np.float32)
+    zero, one = sums(sp.csr_array(x), np.array([0, 0, 1, 1, 1, 1]), 2, np.array([0, 0, 0, 0, 1, 1]), 2)
+    used, stratum = _comparable(one, zero, np.array([0, 2]), "average", ["a", "b", "c"], "case")
+    assert used.tolist() == [0]
+    assert stratum.tolist() == [0]
 
 
 def test_a_single_donor_on_a_side_is_warned_of():
