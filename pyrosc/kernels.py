@@ -22,6 +22,7 @@ _EXACT = 16  # counts up to this have their rising factorial multiplied out
 _LARGEST_FACTOR = 1e18  # of those: their product stays finite
 _DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
 _SHARES = 4  # of the rows, for each thread
+_BLOCK = 16  # rows whose slopes in theta are summed one after the other
 _WIDE = 512  # entries summed in float32 before the sum goes on in float64
 
 # Sums may be reordered, so that they run in the processor's vectors; NaN and infinity keep their meaning.
@@ -257,6 +258,123 @@ def _rising_factorials(n: int, b: Any) -> None:
 
 @_compiled
 @no_type_check
+def _log_density_of_row(
+    row: int,
+    x: Any,
+    mean: Any,
+    theta: Any,
+    gate: Any,
+    d_mean: Any,
+    d_theta: Any,
+    d_gate: Any,
+) -> float:
+    """Return log p(x) of a row, summed over genes; fill its partial derivatives.
+
+    Each array has that row, or fewer that it takes over and over. Of arguments that are None numba compiles
+    nothing: `theta` of a Poisson, `gate` without zero inflation, slopes that nobody wants.
+    """
+    n_genes = x.shape[1]
+    slopes = np.empty(3 * _WIDE, np.float32)  # in mean, theta and gate
+    place = np.empty(_WIDE + 1, np.int32)
+    b = np.empty(7 * _WIDE)
+    total = 0.0
+    for start in range(0, n_genes, _WIDE):
+        stop = min(n_genes, start + _WIDE)
+        width = stop - start
+        x_part, mean_part = x[row % x.shape[0], start:stop], mean[row % mean.shape[0], start:stop]
+        if theta is not None:
+            theta_part = theta[row % theta.shape[0], start:stop]
+        if gate is not None:
+            gate_part = gate[row % gate.shape[0], start:stop]
+        # What a zero says, everywhere.
+        part, n_far_out = _F(0), _F(0)
+        for j in range(width):
+            if theta is not None:
+                log, by_mean, by_theta = _nb_at_zero32(mean_part[j], theta_part[j])
+            else:
+                log, by_mean = -mean_part[j], _F(-1)
+            if gate is not None:
+                log, by_log, by_gate, p = _zero_inflated_at_zero32(log, gate_part[j])
+                n_far_out += _F(1) if p < _FAR_OUT else _F(0)
+                by_mean *= by_log
+                if theta is not None:
+                    by_theta *= by_log
+                slopes[2 * _WIDE + j] = by_gate
+            slopes[j] = by_mean
+            if theta is not None:
+                slopes[_WIDE + j] = by_theta
+            part += log if x_part[j] == 0 else _F(0)
+        total += part
+        if gate is not None and n_far_out > 0:
+            for j in range(width):
+                m, zero = np.float64(mean_part[j]), x_part[j] == 0
+                if theta is not None:
+                    y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta_part[j]))
+                    log32, _, _ = _nb_at_zero32(mean_part[j], theta_part[j])
+                else:
+                    y, y_mean, log32 = -m, -1.0, -mean_part[j]
+                log32, _, _, p = _zero_inflated_at_zero32(log32, gate_part[j])
+                if p < _FAR_OUT:
+                    log64, by_y, by_g = _zero_inflated_far_out(y, np.float64(gate_part[j]))
+                    total += log64 - log32 if zero else 0.0
+                    slopes[j] = by_y * y_mean
+                    slopes[2 * _WIDE + j] = by_g
+                    if theta is not None:
+                        slopes[_WIDE + j] = by_y * y_theta
+        if d_mean is not None:
+            d_mean[row % d_mean.shape[0], start:stop] = slopes[:width]
+        if theta is not None and d_theta is not None:
+            d_theta[row % d_theta.shape[0], start:stop] = slopes[_WIDE : _WIDE + width]
+        if d_gate is not None:
+            d_gate[row % d_gate.shape[0], start:stop] = slopes[2 * _WIDE : 2 * _WIDE + width]
+        # The counts, in float64: gathered, so that these loops run in vectors too.
+        n = 0
+        for j in range(width):
+            place[n] = j
+            n += x_part[j] != 0
+        for i in range(n):
+            b[_K + i] = x_part[place[i]]
+            b[_MU + i] = max(np.float64(mean_part[place[i]]), _SMALLEST_MEAN)
+        if theta is None:
+            for i in range(n):
+                k, mu = b[_K + i], b[_MU + i]
+                whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
+                b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
+            for i in range(n):
+                k, mu = b[_K + i], b[_MU + i]
+                total += k * _log(mu) - mu + b[_REST + i]
+                b[_BY_MEAN + i] = (k - mu) / mu
+        else:
+            for i in range(n):
+                b[_THETA + i] = theta_part[place[i]]
+            _rising_factorials(n, b)
+            for i in range(n):
+                k, mu, t = b[_K + i], b[_MU + i], b[_THETA + i]
+                at_zero, _, zero_theta = _nb_at_zero(mu, t)
+                inverse = 1.0 / (mu + t)
+                total += _log(b[_PRODUCT + i]) + b[_REST + i] + k * _log(mu * inverse) + at_zero
+                b[_BY_MEAN + i] = (k - mu) / mu * (t * inverse)
+                b[_SLOPE + i] += zero_theta - k * inverse
+            if d_theta is not None:
+                for i in range(n):
+                    d_theta[row % d_theta.shape[0], start + place[i]] = b[_SLOPE + i]
+        if d_mean is not None:
+            for i in range(n):
+                d_mean[row % d_mean.shape[0], start + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
+        if gate is not None:
+            for i in range(n):
+                g = np.float64(gate_part[place[i]])
+                small = _exp(-abs(g))
+                total += -_log(1.0 + small) - max(g, 0.0)
+                b[_SLOPE + i] = -(1.0 if g > 0 else small) / (1.0 + small)
+            if d_gate is not None:
+                for i in range(n):
+                    d_gate[row % d_gate.shape[0], start + place[i]] = b[_SLOPE + i]
+    return total
+
+
+@_compiled
+@no_type_check
 def _log_density(
     first: int,
     last: int,
@@ -269,110 +387,9 @@ def _log_density(
     d_theta: Any,
     d_gate: Any,
 ) -> None:
-    """Fill rows `first` to `last` of log p(x), summed over genes, and of its partial derivatives.
-
-    Of arguments that are None numba compiles nothing: `theta` of a Poisson, `gate` without zero inflation,
-    slopes that nobody wants.
-    """
-    n_genes = x.shape[1]
-    slopes = np.empty(3 * _WIDE, np.float32)  # in mean, theta and gate
-    place = np.empty(_WIDE + 1, np.int32)
-    b = np.empty(7 * _WIDE)
+    """Fill rows `first` to `last` of log p(x), summed over genes, and of its partial derivatives."""
     for row in range(first, last):
-        total = 0.0
-        for start in range(0, n_genes, _WIDE):
-            stop = min(n_genes, start + _WIDE)
-            width = stop - start
-            x_part, mean_part = x[row % x.shape[0], start:stop], mean[row % mean.shape[0], start:stop]
-            if theta is not None:
-                theta_part = theta[row % theta.shape[0], start:stop]
-            if gate is not None:
-                gate_part = gate[row % gate.shape[0], start:stop]
-            # What a zero says, everywhere.
-            part, n_far_out = _F(0), _F(0)
-            for j in range(width):
-                if theta is not None:
-                    log, by_mean, by_theta = _nb_at_zero32(mean_part[j], theta_part[j])
-                else:
-                    log, by_mean = -mean_part[j], _F(-1)
-                if gate is not None:
-                    log, by_log, by_gate, p = _zero_inflated_at_zero32(log, gate_part[j])
-                    n_far_out += _F(1) if p < _FAR_OUT else _F(0)
-                    by_mean *= by_log
-                    if theta is not None:
-                        by_theta *= by_log
-                    slopes[2 * _WIDE + j] = by_gate
-                slopes[j] = by_mean
-                if theta is not None:
-                    slopes[_WIDE + j] = by_theta
-                part += log if x_part[j] == 0 else _F(0)
-            total += part
-            if gate is not None and n_far_out > 0:
-                for j in range(width):
-                    m, zero = np.float64(mean_part[j]), x_part[j] == 0
-                    if theta is not None:
-                        y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta_part[j]))
-                        log32, _, _ = _nb_at_zero32(mean_part[j], theta_part[j])
-                    else:
-                        y, y_mean, log32 = -m, -1.0, -mean_part[j]
-                    log32, _, _, p = _zero_inflated_at_zero32(log32, gate_part[j])
-                    if p < _FAR_OUT:
-                        log64, by_y, by_g = _zero_inflated_far_out(y, np.float64(gate_part[j]))
-                        total += log64 - log32 if zero else 0.0
-                        slopes[j] = by_y * y_mean
-                        slopes[2 * _WIDE + j] = by_g
-                        if theta is not None:
-                            slopes[_WIDE + j] = by_y * y_theta
-            if d_mean is not None:
-                d_mean[row, start:stop] = slopes[:width]
-            if theta is not None and d_theta is not None:
-                d_theta[row, start:stop] = slopes[_WIDE : _WIDE + width]
-            if d_gate is not None:
-                d_gate[row, start:stop] = slopes[2 * _WIDE : 2 * _WIDE + width]
-            # The counts, in float64: gathered, so that these loops run in vectors too.
-            n = 0
-            for j in range(width):
-                place[n] = j
-                n += x_part[j] != 0
-            for i in range(n):
-                b[_K + i] = x_part[place[i]]
-                b[_MU + i] = max(np.float64(mean_part[place[i]]), _SMALLEST_MEAN)
-            if theta is None:
-                for i in range(n):
-                    k, mu = b[_K + i], b[_MU + i]
-                    whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
-                    b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
-                for i in range(n):
-                    k, mu = b[_K + i], b[_MU + i]
-                    total += k * _log(mu) - mu + b[_REST + i]
-                    b[_BY_MEAN + i] = (k - mu) / mu
-            else:
-                for i in range(n):
-                    b[_THETA + i] = theta_part[place[i]]
-                _rising_factorials(n, b)
-                for i in range(n):
-                    k, mu, t = b[_K + i], b[_MU + i], b[_THETA + i]
-                    at_zero, _, zero_theta = _nb_at_zero(mu, t)
-                    inverse = 1.0 / (mu + t)
-                    total += _log(b[_PRODUCT + i]) + b[_REST + i] + k * _log(mu * inverse) + at_zero
-                    b[_BY_MEAN + i] = (k - mu) / mu * (t * inverse)
-                    b[_SLOPE + i] += zero_theta - k * inverse
-                if d_theta is not None:
-                    for i in range(n):
-                        d_theta[row, start + place[i]] = b[_SLOPE + i]
-            if d_mean is not None:
-                for i in range(n):
-                    d_mean[row, start + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
-            if gate is not None:
-                for i in range(n):
-                    g = np.float64(gate_part[place[i]])
-                    small = _exp(-abs(g))
-                    total += -_log(1.0 + small) - max(g, 0.0)
-                    b[_SLOPE + i] = -(1.0 if g > 0 else small) / (1.0 + small)
-                if d_gate is not None:
-                    for i in range(n):
-                        d_gate[row, start + place[i]] = b[_SLOPE + i]
-        log_p[row] = total
+        log_p[row] = _log_density_of_row(row, x, mean, theta, gate, d_mean, d_theta, d_gate)
 
 
 @_in_parallel
@@ -406,6 +423,141 @@ def _log_densities(
 
 
 _log_densities.alone = _log_density
+
+
+@_inlined
+@no_type_check
+def _ordered(value: float) -> int:
+    """Return an integer for a float32: the larger of two is that of the larger number."""
+    bits = np.float32(value).view(np.int32)
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@_compiled
+@no_type_check
+def _softmax(row: int, logits: Any, scale: float, out: Any) -> None:
+    """Fill `out`, a row, with scale softmax(logits)."""
+    n_genes = logits.shape[1]
+    top = _ordered(logits[row, 0])
+    for j in range(n_genes):
+        top = max(top, _ordered(logits[row, j]))
+    largest = np.int32(_ordered(np.int32(top).view(np.float32))).view(np.float32)
+    total = 0.0
+    for start in range(0, n_genes, _WIDE):
+        stop = min(n_genes, start + _WIDE)
+        logits_part, out_part, part = logits[row, start:stop], out[0, start:stop], _F(0)
+        for j in range(stop - start):
+            power = _exp32(logits_part[j] - largest)
+            out_part[j] = power
+            part += power
+        total += part
+    factor = _F(scale / total)
+    for j in range(n_genes):
+        out[0, j] *= factor
+
+
+@_compiled
+@no_type_check
+def _softmax_slope(row: int, mean: Any, by_mean: Any, scale: float, weight: float, d_logits: Any) -> float:
+    """Fill a row with slopes in the logits of mean = scale softmax(logits), from those in the mean.
+
+    Return the slope in the scale.
+    """
+    n_genes = mean.shape[1]
+    total = 0.0
+    for start in range(0, n_genes, _WIDE):
+        stop = min(n_genes, start + _WIDE)
+        mean_part, slope_part, part = mean[0, start:stop], by_mean[0, start:stop], _F(0)
+        for j in range(stop - start):
+            part += mean_part[j] * slope_part[j]
+        total += part
+    average = _F(total / scale)
+    for j in range(n_genes):
+        d_logits[row, j] = weight * mean[0, j] * (by_mean[0, j] - average)
+    return average
+
+
+@_compiled
+@no_type_check
+def _add(row: int, weight: float, values: Any, total: Any) -> None:
+    for j in range(values.shape[1]):
+        total[row, j] += weight * values[0, j]
+
+
+@_compiled
+@no_type_check
+def _put(row: int, weight: float, values: Any, out: Any) -> None:
+    for j in range(values.shape[1]):
+        out[row, j] = weight * values[0, j]
+
+
+@_compiled
+@no_type_check
+def _shares_density(
+    first: int,
+    last: int,
+    logits: Any,
+    gate: Any,
+    library: Any,
+    x: Any,
+    theta: Any,
+    weight: Any,
+    log_p: Any,
+    d_theta: Any,
+    d_library: Any,
+) -> None:
+    """Do so for blocks `first` to `last` of rows with the mean library softmax(logits), in three passes.
+
+    Slopes of the weighted log densities take the place of `logits` and `gate`; those in theta are summed.
+    """
+    n_rows, n_genes = logits.shape
+    mean, by_mean = np.empty((1, n_genes), np.float32), np.empty((1, n_genes), np.float32)
+    by_theta = None if theta is None else np.empty((1, n_genes), np.float32)
+    by_gate = None if gate is None else np.empty((1, n_genes), np.float32)
+    for row in range(first * _BLOCK, min(last * _BLOCK, n_rows)):
+        _softmax(row, logits, library[row, 0], mean)
+        log_p[row] = _log_density_of_row(row, x, mean, theta, gate, by_mean, by_theta, by_gate)
+        by_library = _softmax_slope(row, mean, by_mean, library[row, 0], weight[row], logits)
+        d_library[row, 0] = weight[row] * by_library
+        if theta is not None:
+            _add(row // _BLOCK, weight[row], by_theta, d_theta)
+        if gate is not None:
+            _put(row, weight[row], by_gate, gate)
+
+
+@_in_parallel
+@no_type_check
+def _shares_densities(
+    n_shares: int,
+    n_blocks: int,
+    logits: Any,
+    gate: Any,
+    library: Any,
+    x: Any,
+    theta: Any,
+    weight: Any,
+    log_p: Any,
+    d_theta: Any,
+    d_library: Any,
+) -> None:
+    """Do so for all blocks, some at a time on each thread."""
+    for i in numba.prange(n_shares):
+        _shares_density(
+            n_blocks * i // n_shares,
+            n_blocks * (i + 1) // n_shares,
+            logits,
+            gate,
+            library,
+            x,
+            theta,
+            weight,
+            log_p,
+            d_theta,
+            d_library,
+        )
+
+
+_shares_densities.alone = _shares_density
 
 
 @_compiled
@@ -564,6 +716,40 @@ def log_density(
     return log_p, slopes[0], slopes[1], slopes[2]
 
 
+def shares_log_density(
+    logits: Tensor, gate: Tensor | None, library: Tensor, x: Tensor, theta: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log density of rows of counts of mean library * softmax(logits), and slopes of its weighted sum.
+
+    The slopes in `logits` and `gate` take the place of these.
+
+    Parameters
+    ----------
+    logits, gate, x
+        Of shares; of zero inflation, None without; counts. Float32, (rows, genes), contiguous.
+    library
+        (rows, 1).
+    theta
+        Inverse dispersion, (1, genes), None for Poisson.
+    weight
+        Of each row, (rows,).
+
+    Returns
+    -------
+    tuple of Tensor
+        log p summed over genes, (rows,), and slopes in theta, (1, genes) or empty, and library, (rows, 1).
+    """
+    n_rows, n_genes = logits.shape
+    library, weight = library.contiguous(), weight.contiguous()
+    log_p, d_library = x.new_empty(n_rows), torch.empty_like(library)
+    n_blocks = -(-n_rows // _BLOCK)
+    d_theta = x.new_zeros((0 if theta is None else n_blocks), n_genes)
+    tensors = (logits, gate, library, x, theta, weight, log_p, d_theta, d_library)
+    arrays = (None if t is None else t.detach().numpy() for t in tensors)
+    _shared(_shares_densities, n_blocks, logits.numel(), *arrays)
+    return log_p, d_theta if theta is None else d_theta.sum(0, keepdim=True), d_library
+
+
 def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
     """log1p(x) @ weight, for x of which most is zero.
 
@@ -617,9 +803,13 @@ _LIBRARY.define(
     "log_density(Tensor x, Tensor mean, Tensor? theta, Tensor? gate, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define(
+    "shares_log_density(Tensor(a!) logits, Tensor(b!)? gate, Tensor library, Tensor x, Tensor? theta,"
+    " Tensor weight) -> (Tensor, Tensor, Tensor)"
+)
 _LIBRARY.define("log1p_linear(Tensor x, Tensor weight, bool slope) -> (Tensor, Tensor, Tensor, Tensor)")
 _LIBRARY.define(
     "log1p_linear_slope(Tensor d_out, Tensor x, Tensor by_gene, Tensor row_of, Tensor value_of) -> Tensor"
 )
-for operator in (log_density, log1p_linear, log1p_linear_slope):
+for operator in (log_density, shares_log_density, log1p_linear, log1p_linear_slope):
     _LIBRARY.impl(operator.__name__, operator, "CPU")

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from pyrosc.cells import Cells
+from pyrosc.fusing import acts, fuse
 from pyrosc.random import seeded
 
 Gradients = Callable[[Cells, Tensor], tuple[Tensor, list[Tensor | None]]]
@@ -55,8 +56,8 @@ def recorded(
     Returns
     -------
     Gradients
-        The same bits, sooner. If the programs could not be recorded, or a replay differs from them, the log
-        says why.
+        The same, sooner; what :func:`fuse` puts in rounds otherwise. If the programs could not be recorded,
+        or a replay differs from them, the log says why.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # takes a while to import
 
@@ -94,6 +95,8 @@ def recorded(
         if not all(_alike(a, b) for a, b in zip(*runs, strict=True)):
             msg = "a replay on other cells differs: a program does what no tensor operation shows"
             raise RuntimeError(msg)
+        fuse(graph.graph)
+        graph.recompile()
     except Exception as error:  # (whatever a program does that can't be recorded)
         why = str(error).partition("\n")[0] or type(error).__name__
         if "get value out of a tracing tensor" in why:
@@ -160,16 +163,17 @@ def _simplify(graph: fx.GraphModule) -> None:
         ):
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code(_acts)
+        elif node.target is aten.ones_like.default:  # a gradient's first 1 is no function of the loss
+            value = node.meta["val"]
+            with graph.graph.inserting_before(node):
+                kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
+                one = graph.graph.call_function(aten.ones.default, (list(value.shape),), kind)
+            one.meta = node.meta
+            node.replace_all_uses_with(one)
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code(acts)
     graph.graph.lint()
     graph.recompile()
-
-
-def _acts(node: fx.Node) -> bool:
-    """Say whether an operation does more than return its result: changes a tensor, draws random numbers."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.op in ("placeholder", "output")
-    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _layout(node: fx.Node) -> Any:

@@ -187,7 +187,9 @@ def fit_svi(
     ``pyro.infer.SVI.step``, divided by the number of cells.
 
     In a fit of some hundred steps the programs are run in the first 30 only. One step's tensor operations are
-    then recorded, compared with the programs on other cells, and replayed, which gives the same bits sooner.
+    then recorded, compared with the programs on other cells, and replayed, which gives the same bits sooner;
+    but a softmax times a library size and the density of counts around it run as one loop, of which the last
+    digits of float32 are others.
     Programs that can't be recorded are run in every step; the logger ``pyrosc`` says why, at level INFO. What
     no recording can hold is Python that acts otherwise later on: a program that counts its own calls, say.
     Let such a program look at a number that depends on the cells, ``float(cells.x.sum())``, and it is run in

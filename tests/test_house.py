@@ -30,6 +30,7 @@ LAYERS = [
     {"models.*"},
     {"models"},
     {"programs"},
+    {"fusing"},
     {"objective", "optimiser", "recording"},
     {"training"},
     {"svi"},

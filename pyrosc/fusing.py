@@ -1,0 +1,147 @@
+"""Shares of the genes and the density of their counts as one loop, in a recorded step on a CPU.
+
+A decoder of counts ends in softmax(logits), a library size times that, and a density: there and back, seven
+passes over minibatch x genes. In one loop a row stays in the processor's cache, and the slopes in the logits
+take their place. It is put in for the operations of whatever program, where nothing else looks at what lies
+between them.
+"""
+
+from collections.abc import Iterable
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+
+def fuse(graph: fx.Graph) -> None:
+    """Replace such operations, in place; leave all others."""
+    for node in list(graph.nodes):
+        if str(node.target) == "pyrosc.log_density.default":
+            try:
+                _fuse(graph, node)
+            except _OtherOperations:
+                continue
+    graph.eliminate_dead_code(acts)
+    graph.lint()
+
+
+def acts(node: fx.Node) -> bool:
+    """Say whether an operation does more than return its result: changes a tensor, draws random numbers."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op in ("placeholder", "output")
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+class _OtherOperations(Exception):  # noqa: N818 (it is no error)
+    """What is there is not what the loop does."""
+
+
+def _fuse(graph: fx.Graph, density: Any) -> None:
+    # There: mean = library * softmax(logits).
+    x, mean, theta, gate, _ = density.args
+    shares = _first(_aten._softmax.default, _nodes(mean.args))
+    logits, library = shares.args[0], _other_factor(mean, shares)
+    _only(shares.args[1:] == (-1, False) and list(mean.users) == [density])
+    _only(len(_shape(x)) == 2 and _shape(x) == _shape(logits) and _shape(library) == (_shape(x)[0], 1))
+    _only(theta is None or _shape(theta) == (1, _shape(x)[1]))
+    _only(gate is None or _shape(gate) == _shape(x))
+    _only(_is_room(logits, shares) and (gate is None or _is_room(gate, density)))
+
+    # And back: the slopes of each row times its weight.
+    result = {node.args[1]: node for node in density.users}
+    of_logits = _first(_aten._softmax_backward_data.default, shares.users)
+    of_shares = of_logits.args[0]
+    of_mean = _other_factor(of_shares, library)
+    weight = _column(_other_factor(of_mean, result.get(1)))
+    _only([*result[1].users, *of_shares.users] == [of_mean, of_logits] and of_logits.args[1] is shares)
+    replaced, between = {of_logits: logits}, {mean, of_logits}
+    of_theta = of_library = None
+    if theta is not None and 2 in result:  # a sum over rows
+        of_theta = _user(result[2])
+        _only(of_theta.target == _aten.mm.default and of_theta.args[1] is result[2])
+        row = of_theta.args[0]
+        _only(row.target == _aten.unsqueeze.default and row.args == (weight, 0))
+    if gate is not None:
+        _only(3 in result)
+        of_gate = _user(result[3])
+        _only(_column(_other_factor(of_gate, result[3])) is weight)
+        replaced[of_gate] = gate
+    if len(of_mean.users) > 1:  # the library size is latent
+        (product, *others) = set(of_mean.users) - {of_shares}
+        of_library = _user(product)
+        _only(not others and _other_factor(product, of_mean) is shares)
+        _only(of_library.target == _aten.sum.dim_IntList and of_library.args[1:] == ([1], True))
+        between.add(product)
+    _only(set(shares.users) == between)
+
+    _put_before(graph, density, weight)
+    with graph.inserting_before(density):
+        arguments = (logits, gate, library, x, theta, weight)
+        loop = graph.call_function(torch.ops.pyrosc.shares_log_density.default, arguments)
+        for i, old in enumerate((result.get(0), of_theta, of_library)):
+            if old is not None:
+                replaced[old] = graph.call_function(getitem, (loop, i))
+    for old, new in replaced.items():
+        old.replace_all_uses_with(new)
+
+
+def _nodes(arguments: Iterable[Any]) -> list[fx.Node]:
+    return [argument for argument in arguments if isinstance(argument, fx.Node)]
+
+
+def _only(met: bool) -> None:  # noqa: FBT001
+    if not met:
+        raise _OtherOperations
+
+
+def _first(target: Any, nodes: Iterable[Any]) -> Any:
+    found = [node for node in nodes if node.target == target]
+    _only(len(found) > 0)
+    return found[0]
+
+
+def _user(node: Any) -> Any:
+    """Return the only operation that uses the result of another."""
+    _only(len(node.users) == 1)
+    return next(iter(node.users))
+
+
+def _other_factor(product: Any, factor: Any) -> Any:
+    """Return what a product multiplies one of its factors with."""
+    _only(isinstance(product, fx.Node) and product.target == _aten.mul.Tensor and factor in product.args)
+    a, b = product.args
+    return a if b is factor else b
+
+
+def _column(node: Any) -> Any:
+    """Return what was made a column of numbers, one for each row."""
+    _only(isinstance(node, fx.Node) and node.target == _aten.unsqueeze.default and node.args[1] == -1)
+    return node.args[0]
+
+
+def _is_room(node: Any, user: Any) -> bool:
+    """Say whether one operation alone uses the result of a linear map, which can be written over then."""
+    return node.target in (_aten.addmm.default, _aten.mm.default) and list(node.users) == [user]
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """Return the shape of float32 numbers, () of all else."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else ()
+
+
+def _put_before(graph: fx.Graph, target: fx.Node, node: fx.Node) -> None:
+    """Move an operation before another, and before it what it is made of."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    moved, open_ = set(), [node]
+    while open_:
+        node = open_.pop()
+        if place[node] >= place[target] and node not in moved:
+            _only(node is not target and not acts(node))
+            moved.add(node)
+            open_ += node.all_input_nodes
+    for node in sorted(moved, key=place.__getitem__):
+        target.prepend(node)

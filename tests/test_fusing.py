@@ -1,0 +1,255 @@
+"""Shares and densities as one loop: what a recorded step did before, but for rounding, and only there."""
+
+import numpy as np
+import pairs
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyrosc import LDVAE, VAE, VSC, distributions, recording
+from pyrosc.kernels import shares_log_density
+from pyrosc.objective import weighted_loss
+from pyrosc.programs import pair, validating
+from pyrosc.recording import gradients_of, recorded
+
+LIKELIHOODS = pytest.mark.parametrize("likelihood", ["poisson", "nb", "zip", "zinb"])
+
+
+def example(rows, n_genes, likelihood, spread=2.0, seed=0):
+    """Logits, gate, library, x, theta and weight of rows."""
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(0, spread, (rows, n_genes))
+    x = draw.poisson(draw.gamma(0.3, 3, (rows, n_genes)))
+    library = (x.sum(1, keepdims=True) + 1) * draw.lognormal(0, 0.3, (rows, 1))
+    theta = draw.lognormal(0, 2, (1, n_genes)) if "nb" in likelihood else None
+    gate = draw.normal(0, 3, (rows, n_genes)) if "z" in likelihood else None
+    weight = draw.normal(0, 1, rows)
+    numbers = (logits, gate, library, x, theta, weight)
+    return [None if n is None else torch.tensor(n, dtype=torch.float32) for n in numbers]
+
+
+def by_torch(logits, gate, library, x, theta, weight):
+    """Log p and slopes of its weighted sum by autograd, float64: log p, logits, gate, library, theta."""
+    leaves = [None if t is None else t.double().requires_grad_() for t in (logits, gate, library, theta)]
+    logits, gate, library, theta = leaves
+    mean = library * logits.softmax(-1)
+    d = distributions.Poisson(mean) if theta is None else distributions.NegativeBinomial(mean, theta)
+    d = d if gate is None else distributions.ZeroInflated(d, gate)
+    log_p = d.log_prob(x.double()).sum(-1)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    slopes = iter(torch.autograd.grad((log_p * weight.double()).sum(), wanted))
+    return [log_p.detach(), *(None if leaf is None else next(slopes) for leaf in leaves)]
+
+
+def by_loop(logits, gate, library, *others):
+    logits, gate = logits.clone(), None if gate is None else gate.clone()
+    log_p, d_theta, d_library = shares_log_density(logits, gate, library, *others)
+    return [log_p, logits, gate, d_library, d_theta if len(d_theta) else None]
+
+
+def assert_close(found, true, x, rtol=3e-6):
+    """To `rtol` of the largest of each, or of the counts: slopes in logits are differences of such numbers."""
+    assert [t is None for t in found] == [t is None for t in true]
+    for a, b in zip(found, true, strict=True):
+        if a is not None:
+            assert a.shape == b.shape
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=rtol * float(max(b.abs().max(), x.max())))
+
+
+# --- the loop
+
+
+@LIKELIHOODS
+@pytest.mark.parametrize("n_genes", [1, 7, 512, 1300])
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_the_loop_has_the_values_and_slopes_of_autograd_in_float64(rows, n_genes, likelihood):
+    arguments = example(rows, n_genes, likelihood)
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
+
+
+@LIKELIHOODS
+def test_logits_far_apart_are_no_trouble(likelihood):
+    """Shares down to e^-60. (Below e^-87 they are that.)"""
+    arguments = example(20, 600, likelihood, spread=8.0)
+    arguments[0] += 1000.0 * torch.arange(20)[:, None]
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_not_hidden(value):
+    arguments = example(4, 40, "nb")
+    arguments[0][1, 3] = value
+    log_p, *_ = by_loop(*arguments)
+    assert torch.isfinite(log_p).tolist() == [True, False, True, True]
+
+
+def test_the_number_of_threads_changes_no_bit():
+    arguments = example(100, 700, "zinb")
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(by_loop(*arguments))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# --- where it is put in
+
+
+@pytest.fixture
+def replayed(data, monkeypatch):
+    """Loss and slopes of a step of a program that is run, and recorded; and how many loops that has."""
+    whole = data.on("cpu")
+    here, there = whole.cells(torch.arange(40)), whole.cells(torch.arange(40, 80))
+
+    def replay(program):
+        graphs, original = [], recording.fuse
+        monkeypatch.setattr(recording, "fuse", lambda graph: original(graph) or graphs.append(graph))
+        program.train()
+        model, guide = pair(program, None)
+        state = [*program.parameters(), *program.buffers()]
+        parameters = [p for p in program.parameters() if p.requires_grad]
+        estimate = program.elbo()
+        loss = lambda cells, weight: weighted_loss(estimate, model, guide, cells, weight)
+        gradients = gradients_of(loss, parameters)
+        replay = recorded(gradients, state, here, there, torch.tensor(1.0))
+        assert replay is not gradients
+        kept = [t.detach().clone() for t in state]
+        results = []
+        for run in (gradients, replay):
+            recording.restore(state, kept)
+            with torch.random.fork_rng([]):
+                torch.manual_seed(3)
+                value, slopes = run(there, torch.tensor(0.7))
+            results.append([value, *slopes])
+        targets = [str(node.target) for node in graphs[0].nodes]
+        return *results, targets.count("pyrosc.shares_log_density.default"), targets
+
+    with validating(on=False):
+        yield replay
+
+
+def assert_same_step(run, replay):
+    """To 1e-5 of the largest slope of all."""
+    torch.testing.assert_close(run[0], replay[0], rtol=1e-6, atol=0)
+    largest = max(float(slope.abs().max()) for slope in run[1:] if slope is not None)
+    for a, b in zip(run[1:], replay[1:], strict=True):
+        if a is None or b is None:
+            assert a is b
+            continue
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("library", ["observed", "latent"])
+@LIKELIHOODS
+@pytest.mark.parametrize("model", [VAE, LDVAE, VSC], ids=lambda model: model.__name__)
+def test_a_step_of_a_model_is_the_same_with_the_loop(model, likelihood, library, data, replayed):
+    run, replay, n_loops, targets = replayed(model.for_data(data, likelihood=likelihood, library=library))
+    assert_same_step(run, replay)
+    assert n_loops == 1
+    assert "pyrosc.log_density.default" not in targets
+    assert not [name for name in targets if "softmax" in name]
+
+
+class Written(nn.Module):
+    """As users write it; what a test adds changes the mean, or says more of the shares."""
+
+    elbo = VAE.elbo
+
+    def __init__(self, n_genes):
+        super().__init__()
+        self.decoder = nn.Linear(2, n_genes)
+        self.at = nn.Parameter(torch.tensor([0.3, -1.0]))
+        self.log_theta = nn.Parameter(torch.zeros(n_genes))
+
+    def counts(self, cells, rho):
+        return distributions.NegativeBinomial(rho * cells.library, self.log_theta.exp())
+
+    def logits(self, z):
+        return self.decoder(z)
+
+    def model(self, cells):
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            rho = torch.softmax(self.logits(z), -1)
+            pyro.sample("x", self.counts(cells, rho).to_event(1), obs=cells.x)
+
+    def guide(self, cells):
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", dist.Normal(self.at[0], self.at[1].exp()).expand([2]).to_event(1))
+
+
+class Frozen(Written):
+    def __init__(self, n_genes):
+        super().__init__(n_genes)
+        self.log_theta.requires_grad_(False)
+
+
+class LooksAtShares(Written):
+    def counts(self, cells, rho):
+        pyro.factor("even", (rho**2).sum(-1))
+        return super().counts(cells, rho)
+
+
+class LooksAtTheMean(Written):
+    def counts(self, cells, rho):
+        mean = rho * cells.library
+        return distributions.NegativeBinomial(mean, mean * self.log_theta.exp())
+
+
+class LooksAtLogits(Written):
+    def logits(self, z):
+        logits = super().logits(z)
+        pyro.factor("small", -logits.square().mean(-1))
+        return logits
+
+
+class ThetaOfEachCell(Written):
+    def counts(self, cells, rho):
+        theta = (self.log_theta + cells.library.log()).exp()
+        return distributions.NegativeBinomial(rho * cells.library, theta)
+
+
+class Shifted(Written):
+    def counts(self, cells, rho):
+        return distributions.NegativeBinomial(rho * cells.library + 0.1, self.log_theta.exp())
+
+
+class OfParameters(Written):
+    def __init__(self, n_genes):
+        super().__init__(n_genes)
+        self.table = nn.Parameter(pairs.wave(40, n_genes))
+
+    def logits(self, z):
+        return self.table + 0.0 * z.sum()
+
+
+class OneLibrary(Written):
+    def counts(self, cells, rho):
+        return distributions.NegativeBinomial(1000.0 * rho, self.log_theta.exp())
+
+
+@pytest.mark.parametrize(
+    ("program", "n_loops"),
+    [
+        (Written, 1),
+        (Frozen, 1),
+        (LooksAtShares, 0),
+        (LooksAtTheMean, 0),
+        (LooksAtLogits, 0),
+        (ThetaOfEachCell, 0),
+        (Shifted, 0),
+        (OfParameters, 0),
+        (OneLibrary, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_it_is_put_in_where_nothing_else_looks_at_what_lies_between(program, n_loops, data, replayed):
+    run, replay, found, _ = replayed(program(data.n_genes))
+    assert_same_step(run, replay)
+    assert found == n_loops
