@@ -74,7 +74,8 @@ def main():
     adata = loaded(options)
     data, types, codes = pyrosc.from_anndata(adata), adata.obs["cell_type"].astype(str).to_numpy(), {}
     print(data)
-    settings = {"epochs": 2 if options.smoke else 200, "minibatch_size": 256, "learning_rate": 1e-3}
+    epochs = 2 if options.smoke else 200
+    settings = {"epochs": epochs, "patience": epochs, "minibatch_size": 256, "learning_rate": 1e-3}
     for name, (model, told) in MODELS.items():
         start = time.perf_counter()
         fit = pyrosc.fit_svi(model.for_data(data), data, **settings, **told)

@@ -80,7 +80,8 @@ def main():
     print(" " * 34 + "train: loss  reconstr.      KL    test: loss  reconstr.      KL")
     for transform, (hidden, n_latent) in itertools.product(TRANSFORMS, architectures):
         model = pyrosc.GaussianVAE.for_data(train, transform=transform, hidden=hidden, n_latent=n_latent)
-        fit = pyrosc.fit_svi(model, train, epochs=1 if options.smoke else 30, progress=False)
+        epochs = 1 if options.smoke else 30
+        fit = pyrosc.fit_svi(model, train, epochs=epochs, patience=epochs, progress=False)
         shown = (f"{a:10.0f} {b:12.0f} {c:8.1f}" for a, b, c in (losses(fit, train), losses(fit, test)))
         print(f"{transform:10} {f'{list(hidden)}-{n_latent}':22}", *shown, flush=True)
         codes.setdefault(transform, pyrosc.latent(fit, adata))

@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 
 from pyrosc import criticism, datasets, distributions
 from pyrosc.asking import draws
+from pyrosc.calibration import NullCalibration, null_calibration
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.differential import compare, differential_expression
 from pyrosc.evidence import LogLikelihood, elbo, log_likelihood
+from pyrosc.interactions import interaction
 from pyrosc.models import (
     DCA,
     GMVAE,
@@ -65,6 +67,7 @@ __all__ = [
     "GaussianVAE",
     "Imputation",
     "LogLikelihood",
+    "NullCalibration",
     "clusters",
     "compare",
     "criticism",
@@ -81,10 +84,12 @@ __all__ = [
     "impute",
     "impute_proteins",
     "inclusion",
+    "interaction",
     "latent",
     "load",
     "loadings",
     "log_likelihood",
+    "null_calibration",
     "posterior_predictive",
     "predict",
     "to_scanpy",

@@ -6,7 +6,6 @@ rows together.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy import ndarray
 
 from pyrosc.asking import draws
 from pyrosc.counts import Counts
+from pyrosc.groups import comparable, count_replicates, groups_of, pairs_of, units_of
 from pyrosc.reading import as_counts
 from pyrosc.shrinkage import Posterior, likelihood, shrink
 from pyrosc.svi import Fit
@@ -124,8 +124,10 @@ def compare(
     -------
     DataFrame
         A row for each gene, in the order given: lfc_mean, lfc_sd, lfc_lower, lfc_upper, p_up, p_down,
-        p_equivalent, p_de, bayes_factor, expected_fdr, is_de. Bayes factor and error treat probabilities as
-        at least half a draw, 1 / (2 draws), or 1e-9 of a posterior, from 0 and 1: both are finite.
+        p_equivalent, p_de, p_de_se, bayes_factor, expected_fdr, is_de. Of independent draws p_de_se, the
+        standard error of p_de, is sqrt(p_de (1 - p_de) / draws); of a posterior it is 0. Bayes factor and
+        error treat probabilities as at least half a draw, 1 / (2 draws), or 1e-9 of a posterior, from 0
+        and 1: both are finite.
 
     Raises
     ------
@@ -138,7 +140,7 @@ def compare(
     hierarchical mixture method, 2004 (the expected FDR). Stephens, False discovery rates: a new deal, 2017
     (the error of a sign).
     """
-    _check_numbers(delta, fdr, interval)
+    check_numbers(delta, fdr, interval)
     if prior_de is not None and not 0 < prior_de < 1:
         msg = f"prior_de is a probability between 0 and 1, not {prior_de!r}"
         raise ValueError(msg)
@@ -164,10 +166,11 @@ def summarise(
                 "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
             )
             raise ValueError(msg)
-        t, least, prior = Draws(lfc), 0.5 / len(lfc), 0.5
+        t, least, prior, n = Draws(lfc), 0.5 / len(lfc), 0.5, float(len(lfc))
     else:
-        t, least, prior = lfc, 1e-9, lfc.prior_de(delta)  # type: ignore[assignment]
+        t, least, prior, n = lfc, 1e-9, lfc.prior_de(delta), math.inf  # type: ignore[assignment]
     up, down = t.above(delta), t.below(-delta)
+    either = np.minimum(1, up + down)
     prior = prior if prior_de is None else prior_de
     return pd.DataFrame(
         {
@@ -178,8 +181,9 @@ def summarise(
             "p_up": up,
             "p_down": down,
             "p_equivalent": np.maximum(0, 1 - up - down),
-            "p_de": np.minimum(1, up + down),
-            "bayes_factor": _log_odds(up + down, least) - _log_odds(prior, 1e-9),
+            "p_de": either,
+            "p_de_se": np.sqrt(either * (1 - either) / n),
+            "bayes_factor": _log_odds(either, least) - _log_odds(prior, 1e-9),
             "error": np.maximum(least, 1 - np.maximum(up, down)),
         }
     )
@@ -329,17 +333,17 @@ def differential_expression(
     Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018. Boyeau et al., An empirical
     Bayes method for differential expression analysis of single cells with deep generative models, 2023.
     """
-    _check_numbers(delta, fdr, interval)
+    check_numbers(delta, fdr, interval)
     _check_question(fit, estimand, batch, n_draws, replicate_key)
     batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
-    codes, names = _groups(data, groupby)
-    units = _units(fit, data, replicate_key, batch)
+    codes, names = groups_of(data, groupby)
+    units = units_of(fit, data, replicate_key, batch)
     codes = np.where(units.of_cell < 0, -1, codes)
     arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
     eps = 0.01 / float(np.median(data.library))
     tables = []
-    for a, b in _pairs(codes, names, group, reference):
+    for a, b in pairs_of(codes, names, group, reference):
         arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
         lfc: ndarray | Posterior
         if estimand == "cell":
@@ -350,14 +354,14 @@ def differential_expression(
                 fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds, eps=eps
             )
         else:
-            use, stratum = _comparable(arm, other, units.batch, batch, fit.schema.batches, names[a])
+            use, stratum = comparable(arm, other, units.batch, batch, fit.schema.batches, names[a])
             arm, other = arm[use], other[use]
             lfc = shrink(likelihood(arm, other, None if units.replicate is None else stratum))
             shares = [v.x.sum(0) / v.l.sum() for v in (arm, other)]
         who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
         table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
         if units.replicate is not None:
-            sides = _replicates(arm, other, units.replicate[use], names[a])
+            sides = count_replicates(arm, other, units.replicate[use], names[a])
             table["replicates"], table["replicates_reference"] = sides
         table = table[~table.gene.isin(fit.schema.absent)]
         evidence = np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))
@@ -377,7 +381,8 @@ def _raw(a: Arm, b: Arm, shares: Sequence[ndarray]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _check_numbers(delta: Number, fdr: Number, interval: Number) -> None:
+def check_numbers(delta: Number, fdr: Number, interval: Number) -> None:
+    """Raise where a number that every question takes is out of range."""
     if not 0 <= delta < np.inf:
         msg = f"delta is a log2 fold change of at least 0, not {delta!r}"
         raise ValueError(msg)
@@ -406,115 +411,6 @@ def _check_question(fit: Fit, estimand: str, batch: str | None, n_draws: int, re
 def _log_odds(p: Any, least: float) -> Any:
     p = np.clip(p, least, 1 - least)
     return np.log(p) - np.log1p(-p)
-
-
-def _groups(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:
-    """Return each cell's group as a code, -1 for none, and the groups' names, in the column's order."""
-    if isinstance(groupby, str):
-        if groupby not in data.obs:
-            msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
-            raise KeyError(msg)
-        groupby = data.obs[groupby]
-    if isinstance(groupby, pd.Series) and set(groupby.index) == set(data.cell_names):
-        groupby = groupby.loc[data.cell_names]  # by its own names of cells, in whatever order
-    if len(groupby) != data.n_cells:
-        msg = (
-            f"{what} has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
-        )
-        raise ValueError(msg)
-    values = pd.Categorical(groupby)
-    return values.codes.astype(np.int64), [str(name) for name in values.categories]
-
-
-def _pairs(codes: ndarray, names: list[str], group: Any, reference: Any) -> list[tuple[int, int]]:
-    """Return the codes of the groups to compare, -1 for the rest; raise where a comparison makes no sense."""
-    n = dict(zip(names, np.bincount(codes[codes >= 0], minlength=len(names)), strict=True))
-    rest = reference == "rest"
-    if rest and "rest" in names:
-        msg = (
-            'a group is called "rest", which also means all other cells: rename it, or name another reference'
-        )
-        raise ValueError(msg)
-    reference = str(reference)
-    if group is None:
-        asked = [name for name in names if n[name] and name != reference]
-    else:
-        asked = [str(name) for name in ([group] if isinstance(group, str) or np.isscalar(group) else group)]
-    for name in asked + [reference] * (not rest):
-        if name not in n:
-            msg = f"no group {name!r}; there are {', '.join(names)}"
-            raise ValueError(msg)
-    if not asked or reference in asked or len(set(asked)) < len(asked):
-        msg = f"can't compare {asked} with {reference!r}: name other groups, each once, or another reference"
-        raise ValueError(msg)
-    for name in asked + [reference] * (not rest):
-        if n[name] < 2:
-            msg = f"group {name!r} has {n[name]} cells, 2 are needed: leave it out, or merge it with another"
-            raise ValueError(msg)
-    if rest and any(sum(n.values()) - n[name] < 2 for name in asked):
-        msg = f"fewer than 2 cells are outside of {asked[0]!r}: a comparison needs two groups of 2 cells each"
-        raise ValueError(msg)
-    return [(names.index(name), -1 if rest else names.index(reference)) for name in asked]
-
-
-@dataclass(frozen=True)
-class _Units:
-    """What counts are summed over: batches, or replicates in batches."""
-
-    of_cell: Int[ndarray, "cells"]  # -1: none
-    batch: Int[ndarray, "units"]
-    replicate: Int[ndarray, "units"] | None  # None: units are whole batches
-
-
-def _units(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> _Units:
-    """Return the units of a question, batches being one where they are ignored."""
-    batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
-    if replicate_key is None:
-        each = np.arange(1 if batch is None else len(fit.schema.batches))
-        return _Units(batches, each, None)
-    replicate, names = _groups(data, replicate_key, "replicate_key")
-    known = replicate >= 0
-    if not known.any():
-        msg = "no cell has a replicate: replicate_key names a column, or has a value for each cell"
-        raise ValueError(msg)
-    units, of_known = np.unique((batches * len(names) + replicate)[known], return_inverse=True)
-    of_cell = np.full(data.n_cells, -1)
-    of_cell[known] = of_known
-    return _Units(of_cell, units // len(names), units % len(names))
-
-
-def _comparable(
-    a: Arm, b: Arm, of_batch: Int[ndarray, "units"], batch: str | None, batches: Sequence[str], name: str
-) -> tuple[Int[ndarray, "used"], Int[ndarray, "used"]]:
-    """Return the units whose means are compared, and their strata: those that have a rate in common.
-
-    A unit that has both sides is compared with itself, the others with those of their batch.
-    """
-    asked = batch in (None, "average") or of_batch == batches.index(batch)
-    own = -1 - np.arange(len(of_batch))  # no batch has such a code
-    stratum = np.where((a.cells > 0) & (b.cells > 0), own, of_batch)
-    has_both = np.logical_and(*(np.isin(stratum, stratum[arm.cells > 0]) for arm in (a, b)))
-    use = np.flatnonzero(asked & has_both & (a.cells + b.cells > 0))
-    n, m = a[use].n, b[use].n
-    if min(n, m) < 2:
-        where, remedy = f"in batch {batch!r}", 'give another batch, or "average"'
-        if batch in (None, "average"):
-            where, remedy = "in batches that have both", "give batch=None to ignore batches"
-        msg = f"group {name!r} has {n} cells and its reference {m} {where}, each needs 2 at least: {remedy}"
-        raise ValueError(msg)
-    return use, np.unique(stratum[use], return_inverse=True)[1]
-
-
-def _replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"], name: str) -> tuple[int, int]:
-    """Return how many replicates either side has; warn of fewer than two."""
-    n, m = (len(np.unique(replicate[arm.cells > 0])) for arm in (a, b))
-    if min(n, m) < 2:
-        warnings.warn(
-            f"group {name!r} has cells of {n} replicates and its reference of {m}: how far replicates differ "
-            "is seen with two of each at least, and conclusions are about these replicates only",
-            stacklevel=3,
-        )
-    return n, m
 
 
 def _cells(

@@ -92,7 +92,7 @@ def _nodes(arguments: Iterable[Any]) -> list[fx.Node]:
     return [argument for argument in arguments if isinstance(argument, fx.Node)]
 
 
-def _only(met: bool) -> None:  # noqa: FBT001
+def _only(met: Any) -> None:
     if not met:
         raise _OtherOperations
 

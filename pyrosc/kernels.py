@@ -435,8 +435,8 @@ def _ordered(value: float) -> int:
 
 @_compiled
 @no_type_check
-def _softmax(row: int, logits: Any, scale: float, out: Any) -> None:
-    """Fill `out`, a row, with scale softmax(logits)."""
+def _softmax(row: int, logits: Any, scale: float, mean: Any) -> None:
+    """Turn a row of logits into shares, and fill `mean`, a row, with scale times these."""
     n_genes = logits.shape[1]
     top = _ordered(logits[row, 0])
     for j in range(n_genes):
@@ -445,35 +445,38 @@ def _softmax(row: int, logits: Any, scale: float, out: Any) -> None:
     total = 0.0
     for start in range(0, n_genes, _WIDE):
         stop = min(n_genes, start + _WIDE)
-        logits_part, out_part, part = logits[row, start:stop], out[0, start:stop], _F(0)
+        logits_part, mean_part, part = logits[row, start:stop], mean[0, start:stop], _F(0)
         for j in range(stop - start):
-            power = _exp32(logits_part[j] - largest)
-            out_part[j] = power
+            y = logits_part[j] - largest
+            power = _F(0) if y < _F(-87) else _exp32(y)
+            mean_part[j] = power
             part += power
         total += part
-    factor = _F(scale / total)
+    inverse = _F(1 / total)
     for j in range(n_genes):
-        out[0, j] *= factor
+        share = mean[0, j] * inverse
+        logits[row, j] = share
+        mean[0, j] = scale * share
 
 
 @_compiled
 @no_type_check
-def _softmax_slope(row: int, mean: Any, by_mean: Any, scale: float, weight: float, d_logits: Any) -> float:
-    """Fill a row with slopes in the logits of mean = scale softmax(logits), from those in the mean.
+def _softmax_slope(row: int, mean: Any, by_mean: Any, weight: float, shares: Any) -> float:
+    """Turn a row of shares into weighted slopes in their logits, from those in the mean.
 
-    Return the slope in the scale.
+    Return the slope in the scale, not weighted.
     """
     n_genes = mean.shape[1]
     total = 0.0
     for start in range(0, n_genes, _WIDE):
         stop = min(n_genes, start + _WIDE)
-        mean_part, slope_part, part = mean[0, start:stop], by_mean[0, start:stop], _F(0)
+        share_part, slope_part, part = shares[row, start:stop], by_mean[0, start:stop], _F(0)
         for j in range(stop - start):
-            part += mean_part[j] * slope_part[j]
+            part += share_part[j] * slope_part[j]
         total += part
-    average = _F(total / scale)
+    average = _F(total)
     for j in range(n_genes):
-        d_logits[row, j] = weight * mean[0, j] * (by_mean[0, j] - average)
+        shares[row, j] = weight * mean[0, j] * (by_mean[0, j] - average)
     return average
 
 
@@ -506,7 +509,7 @@ def _shares_density(
     d_theta: Any,
     d_library: Any,
 ) -> None:
-    """Do so for blocks `first` to `last` of rows with the mean library softmax(logits), in three passes.
+    """Do so for blocks `first` to `last` of rows with the mean library * softmax(logits), in three passes.
 
     Slopes of the weighted log densities take the place of `logits` and `gate`; those in theta are summed.
     """
@@ -517,7 +520,7 @@ def _shares_density(
     for row in range(first * _BLOCK, min(last * _BLOCK, n_rows)):
         _softmax(row, logits, library[row, 0], mean)
         log_p[row] = _log_density_of_row(row, x, mean, theta, gate, by_mean, by_theta, by_gate)
-        by_library = _softmax_slope(row, mean, by_mean, library[row, 0], weight[row], logits)
+        by_library = _softmax_slope(row, mean, by_mean, weight[row], logits)
         d_library[row, 0] = weight[row] * by_library
         if theta is not None:
             _add(row // _BLOCK, weight[row], by_theta, d_theta)

@@ -86,7 +86,7 @@ class Dropout(nn.Module):
 
 def activation(width: int, *, norm: str | None, dropout: float) -> list[nn.Module]:
     """Return what follows a linear map: normalisation, ReLU and dropout."""
-    return [normalisation(norm, width), nn.ReLU(), *([Dropout(dropout)] if dropout > 0 else [])]
+    return [normalisation(norm, width), nn.ReLU(), *([Dropout(dropout)] if dropout else [])]
 
 
 class MLP(nn.Sequential):

@@ -20,12 +20,13 @@ from matplotlib.transforms import Bbox, BboxBase
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from pyrosc.calibration import NullCalibration
 from pyrosc.counts import Counts
 from pyrosc.posterior import Imputation
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
-__all__ = ["embedding", "history", "imputed_against_observed", "layout", "volcano"]
+__all__ = ["calibration", "embedding", "history", "imputed_against_observed", "layout", "volcano"]
 
 BLUE, ORANGE, SKY, GREEN = "#0072B2", "#D55E00", "#56B4E9", "#009E73"
 PALETTE = (BLUE, "#E69F00", GREEN, "#CC79A7", SKY, ORANGE, "#332288", "#999933", "black", "#882255")
@@ -379,6 +380,44 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, handletextpad=0.2)
     top = np.flatnonzero(called)[np.argsort(-evidence[called], kind="stable")][:n_labels]
     _label(ax, np.column_stack([lfc, evidence]), top, table.gene.to_numpy(dtype=str))
+    return ax
+
+
+def calibration(result: NullCalibration, *, interval: float = 0.9, ax: Axes | None = None) -> Axes:
+    """Draw realised against nominal false discovery rates: a question that keeps its word is below the line.
+
+    Parameters
+    ----------
+    result
+        Of :func:`~pyrosc.null_calibration`.
+    interval
+        Probability of the intervals drawn.
+    ax
+        Axes to draw into; by default a new figure's.
+    """
+    ax = _axes(ax, 5.5, 4.5)
+    table = result.table(interval)
+    top = 1.15 * max(table.upper.max(), table.nominal.max())
+    ax.plot([0, top], [0, top], color=GREY, lw=1, zorder=1, label="realised = nominal")
+    low, high = table.realised - table.lower, table.upper - table.realised
+    ax.errorbar(
+        table.nominal,
+        table.realised,
+        yerr=[low, high],
+        fmt="o",
+        color=BLUE,
+        capsize=3,
+        clip_on=False,
+        zorder=3,
+        label=f"{len(result.calls)} permutations, {interval:.0%} intervals",
+    )
+    ax.set(
+        xlim=(0, 1.15 * table.nominal.max()),
+        ylim=(0, min(1.05, top)),
+        xlabel="nominal false discovery rate",
+        ylabel="share of permutations with a call",
+    )
+    ax.legend(loc="upper left", frameon=False)
     return ax
 
 

@@ -71,7 +71,7 @@ class Mixture(nn.Module):
     Raises
     ------
     ValueError
-        If the proportions are no such thing.
+        If there is no component, or the proportions are no such thing.
     """
 
     PACE = 10.0
@@ -88,6 +88,9 @@ class Mixture(nn.Module):
         spread: float = 1.0,
     ) -> None:
         super().__init__()
+        if n_components < 1:
+            msg = f"a mixture has a component at least, not {n_components}"
+            raise ValueError(msg)
         self.paced_loc = nn.Parameter(torch.randn(n_components, n_latent) * (spread / self.PACE))
         self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
         if isinstance(proportions, str) and proportions == "learned":
@@ -161,6 +164,9 @@ class PseudoCells(nn.Module):
     @classmethod
     def for_data(cls, data: Counts, n_components: int, encoder: nn.Module) -> "PseudoCells":
         """Start at cells of the data, chosen at random."""
+        if n_components < 1:
+            msg = f"a prior of pseudo-cells has one at least, not {n_components}"
+            raise ValueError(msg)
         rows = torch.randint(data.n_cells, (n_components,))
         return cls(torch.as_tensor(data.x[rows.numpy()].toarray()), encoder)
 

@@ -33,11 +33,15 @@ class SpikeSlab(TorchDistribution):
     sharpness
         Of the relaxed draws; a scalar. None: exact draws, without gradient in `logits`.
 
+    Notes
+    -----
+    The KL of two of these is known in closed form: that of the slabs times gamma, plus that of the two
+    Bernoulli distributions. With others it is not.
+
     References
     ----------
     Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. Maddison, Mnih and Teh, The concrete
-    distribution, 2017. No KL in closed form but of two
-    of these: that of the slabs times gamma, plus that of the two Bernoulli distributions.
+    distribution, 2017.
     """
 
     arg_constraints: ClassVar = {

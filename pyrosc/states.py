@@ -143,6 +143,8 @@ def inclusion(
 
     Raises
     ------
+    KeyError
+        If the guide has no such site.
     TypeError
         If the guide's distribution of the site is not spike-and-slab.
     """
@@ -150,6 +152,9 @@ def inclusion(
     for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
         with fit.asking(seed_of(seed, i)):
             guided, _ = run(fit, cells, 1, [], parallel=parallel)
+            if site not in guided[0].nodes:
+                msg = f"the guide samples no site {site!r}: name that of the code"
+                raise KeyError(msg)
             q = innermost(guided[0].nodes[site]["fn"])
         if not isinstance(q, SpikeSlab):
             msg = f"the guide's {site!r} is {type(q).__name__}, whose draws are never 0: fit a VSC"

@@ -14,7 +14,7 @@ from pyrosc.differential import compare, decide, differential_expression, summar
 from pyrosc.shrinkage import LFC, likelihood, shrink
 from pyrosc.variation import sums
 
-SHARED = ["lfc_mean", "lfc_sd", "lfc_lower", "lfc_upper", "p_up", "p_down", "p_equivalent", "p_de"]
+SHARED = ["lfc_mean", "lfc_sd", "lfc_lower", "lfc_upper", "p_up", "p_down", "p_equivalent", "p_de", "p_de_se"]
 CALLS = ["bayes_factor", "expected_fdr", "is_de"]
 RAW = [name + side for side in ("", "_reference") for name in ("mean_share", "raw_mean", "expressing")]
 
@@ -62,6 +62,13 @@ def test_compare_of_normal_draws():
     np.testing.assert_allclose(table.p_de + table.p_equivalent, 1)
     np.testing.assert_allclose(table.lfc_lower, stats.norm.ppf(0.1, mean, sd), atol=2e-3)
     np.testing.assert_allclose(table.lfc_upper, stats.norm.ppf(0.9, mean, sd), atol=2e-3)
+
+
+def test_the_standard_error_of_a_probability_is_how_far_it_is_from_that_of_all_draws():
+    rng = np.random.default_rng(0)
+    tables = [compare(rng.normal([0.0, 0.4], 0.5, (50, 2)), delta=0.25) for _ in range(400)]
+    p, se = (np.array([table[name] for table in tables]) for name in ("p_de", "p_de_se"))
+    np.testing.assert_allclose(np.sqrt((se**2).mean(0)), p.std(0), rtol=0.1)
 
 
 def test_expected_fdr_by_hand():

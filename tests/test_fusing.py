@@ -50,7 +50,7 @@ def by_loop(logits, gate, library, *others):
 
 
 def assert_close(found, true, x, rtol=3e-6):
-    """To `rtol` of the largest of each, or of the counts: slopes in logits are differences of such numbers."""
+    """To `rtol` of the largest, or of the counts: slopes in logits are differences of such numbers."""
     assert [t is None for t in found] == [t is None for t in true]
     for a, b in zip(found, true, strict=True):
         if a is not None:
@@ -74,6 +74,14 @@ def test_logits_far_apart_are_no_trouble(likelihood):
     """Shares down to e^-60. (Below e^-87 they are that.)"""
     arguments = example(20, 600, likelihood, spread=8.0)
     arguments[0] += 1000.0 * torch.arange(20)[:, None]
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
+
+
+@LIKELIHOODS
+def test_a_library_of_nothing_has_its_slopes(likelihood):
+    """A mean of 0 in a cell without counts: log p is 0, or that of a dropout, and every slope a number."""
+    arguments = example(5, 40, likelihood)
+    arguments[2][1], arguments[3][1] = 0, 0
     assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
 
 

@@ -85,6 +85,14 @@ def test_cells_are_the_sum_over_their_counts(name, n_genes, called):
     assert len(called) == 1
 
 
+@pytest.mark.parametrize("theta", [1e-13, 1e-12, 1e-9, 1e-8, 1e-4, 1e8])
+@pytest.mark.parametrize("mean", [1e-20, 1.0, 1e20])
+def test_small_counts_of_any_theta_and_mean(theta, mean, called):
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 0.0]])
+    check("nb", x, [torch.full_like(x, mean), torch.full_like(x, theta)])
+    assert len(called) == 1
+
+
 BROADCASTS = {
     "theta and gate of genes": {"theta": (31,), "gate": (31,)},
     "theta and gate of genes, with an axis": {"theta": (1, 31), "gate": (1, 31)},

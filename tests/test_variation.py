@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from pyrosc import differential_expression, fit_svi
-from pyrosc.differential import _comparable
+from pyrosc.groups import comparable
 from pyrosc.shrinkage import LFC, likelihood, shrink
 from pyrosc.variation import between_replicates, dispersion, sums
 
@@ -137,7 +137,7 @@ def test_a_donor_of_both_sides_shares_its_stratum_with_no_batch():
     """Two units of three batches: batch 2 has one side only, and says nothing, whatever the others' codes."""
     x = np.ones((6, 3), np.float32)
     zero, one = sums(sp.csr_array(x), np.array([0, 0, 1, 1, 1, 1]), 2, np.array([0, 0, 0, 0, 1, 1]), 2)
-    used, stratum = _comparable(one, zero, np.array([0, 2]), "average", ["a", "b", "c"], "case")
+    used, stratum = comparable(one, zero, np.array([0, 2]), "average", ["a", "b", "c"], "case")
     assert used.tolist() == [0]
     assert stratum.tolist() == [0]
 

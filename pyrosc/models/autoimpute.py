@@ -1,4 +1,4 @@
-"""AutoImpute: an overcomplete autoencoder whose loss looks at the positive counts only."""
+"""AutoImpute: an autoencoder whose loss looks at the positive counts only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,8 @@ class AutoImpute(nn.Module):
 
     It does not know of batches: a question's `batch` changes nothing.
 
-    Departures from the source: natural logarithms, and ReLU where it has sigmoids.
+    Departures from the source: natural logarithms, ReLU where it has sigmoids, a code of 500 (there 2000),
+    dropout.
 
     Parameters
     ----------

@@ -124,11 +124,14 @@ class DCA(nn.Module):
             If a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        if ridge < 0 or not hidden:
+        if not ridge >= 0 or not hidden:
             msg = f"ridge must be at least 0 and hidden name a layer, not {ridge!r} and {hidden!r}"
             raise ValueError(msg)
         if ridge and likelihood not in ("zip", "zinb"):
             msg = f'the ridge is on dropout probabilities: it needs "zinb" or "zip", not {likelihood!r}'
+            raise ValueError(msg)
+        if dispersion not in ("gene", "gene-cell"):
+            msg = f'dispersion must be "gene" or "gene-cell", not {dispersion!r}: a DCA knows no batches'
             raise ValueError(msg)
         data = as_counts(data)
         middle = len(hidden) // 2

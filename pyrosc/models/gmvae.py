@@ -39,7 +39,7 @@ class GMVAE(nn.Module):
 
     Departures from scVAE: it has a network q(y given x) and a q(z given x, y) of each component, and decodes
     each cell once a component; p(y given z) is the best q(y given z) that there is. The library size is
-    observed by default, and covariates enter as in :class:`VAE`.
+    observed by default, covariates and the prior of the parameters are as in :class:`VAE`.
 
     Parameters
     ----------

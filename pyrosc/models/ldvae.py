@@ -34,7 +34,8 @@ class LDVAE(nn.Module):
     guide is a network, as in :class:`VAE`. :func:`pyrosc.loadings` gives W as a table.
 
     Departures from the source: no batch normalisation of z (there is then nothing to fold into the
-    loadings), offsets and covariates enter the logits, and the library size is observed by default.
+    loadings), offsets and covariates enter the logits, the library size is observed by default, and the
+    parameters have a normal prior of precision 5 (the attribute ``weight_decay``).
 
     Parameters
     ----------

@@ -38,7 +38,8 @@ class SCVIS(nn.Module):
     It does not know of batches: a question's `batch` changes nothing.
 
     Departures from the source: similarities and likelihood are of transformed counts, not of 100 principal
-    components; the moments of z share no layer with the decoder's.
+    components; sigma is of the gene, not read off z; the attraction and the KL keep their weights (the source
+    lets the one rise and the other fall in training), and all cells weigh the same.
 
     Parameters
     ----------

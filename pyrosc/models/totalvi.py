@@ -138,10 +138,13 @@ class TOTALVI(nn.Module):
         Raises
         ------
         ValueError
-            If the data have no proteins, or a name is unknown.
+            If the data have no proteins, `hidden` no layer, or a name is unknown.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
         data = as_counts(data)
+        if not hidden:
+            msg = "hidden names a layer at least, not ()"
+            raise ValueError(msg)
         n_proteins = len(data.schema.proteins)
         if not n_proteins:
             msg = 'the data have no proteins: read them with from_anndata(..., protein_key="...")'

@@ -33,7 +33,11 @@ class VASC(nn.Module):
     place. t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no density of it, and the
     objective no ELBO: its value compares nothing.
 
-    It does not know of batches: a question's `batch` changes nothing.
+    It does not know of batches: a question's `batch` changes nothing. Site ``"x"`` holds t(x), and its draws
+    are 0 or 1, not counts.
+
+    Departures from the source: the variance of q(z given x) is learned (there it is fixed by default), the
+    first layer is as the others (there linear, with an L1 penalty), and the temperature is .5, not 1.
 
     Parameters
     ----------

@@ -141,9 +141,9 @@ class VSC(nn.Module):
             If a name is unknown, or `inclusion` no probability.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        if not 0 < inclusion < 1 or not hidden:
+        if not 1e-6 <= inclusion <= 1 - 1e-6 or not hidden:
             msg = (
-                "inclusion is a probability between 0 and 1, and hidden names a layer at least, "
+                "inclusion is a probability, 1e-6 or more from 0 and 1, and hidden names a layer at least, "
                 f"not {inclusion!r} and {hidden!r}"
             )
             raise ValueError(msg)
@@ -286,9 +286,9 @@ class PseudoInputPrior(nn.Module):
     r"""p(z) of the source: the guide's posterior of a pseudo-cell that a classifier chooses for each cell.
 
     The choice is a softmax of the cell's counts, and the pseudo-cell the weighted sum. The log density has a
-    further term, -J KL(Bernoulli(the pseudo-cells' mean inclusion) || Bernoulli(alpha)) for the J latents,
-    which keeps the pseudo-cells' codes sparse. A prior that looks at the cell is none: with it the objective
-    is not an ELBO, and its value can't be compared with that of other models.
+    further term for each cell, -J KL(Bernoulli(its pseudo-cell's mean inclusion) || Bernoulli(alpha)) for the
+    J latents, which keeps the pseudo-cells' codes sparse. A prior that looks at the cell is none: with it the
+    objective is not an ELBO, and its value can't be compared with that of other models.
 
     Parameters
     ----------
@@ -317,10 +317,10 @@ class PseudoInputPrior(nn.Module):
 
     def forward(self, cells: Cells) -> SpikeSlab:
         """Return the prior of each cell, (cells, latent), and count the further term."""
-        of_all = self.encoder.exact(self.pseudo(cells)).inclusion.mean().clamp(1e-6, 1 - 1e-6)
+        chosen = self.encoder.exact(self.pseudo(cells, self.choice(cells).softmax(-1)))
+        mean = chosen.inclusion.mean(-1).clamp(1e-6, 1 - 1e-6)
         sparse = (
-            of_all * (of_all / self.inclusion).log()
-            + (1 - of_all) * ((1 - of_all) / (1 - self.inclusion)).log()
+            mean * (mean / self.inclusion).log() + (1 - mean) * ((1 - mean) / (1 - self.inclusion)).log()
         )  # (torch's KL of Bernoulli distributions can't be recorded, see `spike_slab.py`)
         pyro.factor("sparsity", -self.n_latent * sparse)
-        return self.encoder.exact(self.pseudo(cells, self.choice(cells).softmax(-1)))
+        return chosen

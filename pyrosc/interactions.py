@@ -1,0 +1,138 @@
+"""Contrasts of contrasts: what a condition does to one type of cell, less what it does to another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.signal import fftconvolve
+
+from pyrosc.counts import Counts
+from pyrosc.differential import Number, check_numbers, decide, summarise
+from pyrosc.groups import comparable, count_replicates, groups_of, pairs_of, units_of
+from pyrosc.reading import as_counts
+from pyrosc.shrinkage import likelihood, shrink
+from pyrosc.svi import Fit
+from pyrosc.variation import sums
+
+
+def interaction(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    *,
+    groupby: Any,
+    group: str,
+    reference: str,
+    by: Any,
+    level: str | Sequence[str] | None = None,
+    baseline: str,
+    delta: Number = 0.25,
+    fdr: Number = 0.05,
+    replicate_key: Any = None,
+    batch: str | None = "average",
+    interval: Number = 0.9,
+) -> pd.DataFrame:
+    r"""Find the genes whose fold change between two groups is another in one level of `by` than in another.
+
+    With t_A and t_B the log2 fold changes of a gene between the groups' means in levels A and B, as
+    :func:`~pyrosc.differential_expression` has them, the question is d = t_A - t_B. Of the two
+    quasi-likelihoods that of d is the integral over what is common to both, ::
+
+        L(d) = integral L_A(t + d) L_B(t) dt
+
+    and its prior is learned across the genes, as always, by :func:`pyrosc.shrinkage.shrink`. A gene that
+    responds alike in both has d = 0, however strongly it does.
+
+    Parameters
+    ----------
+    fit, data, groupby, delta, fdr, replicate_key, batch, interval
+        See :func:`~pyrosc.differential_expression`.
+    group, reference
+        The two groups, such as ``"stimulated"`` and ``"control"``.
+    by
+        Column of ``obs``, or one value for each cell, such as ``"cell_type"``.
+    level
+        A, or several of them; all but the baseline by default.
+    baseline
+        B.
+
+    Returns
+    -------
+    DataFrame
+        A row for each gene of each level, as of :func:`~pyrosc.differential_expression`: gene, level,
+        baseline, group, reference, the columns of :func:`~pyrosc.compare` about d, and lfc_level and
+        lfc_baseline, the posterior means of t_A and t_B. Calls are made at one false discovery rate over all.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If a name is unknown, a group has fewer than two cells in a level, or a number is out of range.
+
+    Notes
+    -----
+    The levels' errors are taken for independent. Where they share donors whose cells of all levels err to the
+    same side, that is cautious: intervals are wider than they need be.
+    """
+    check_numbers(delta, fdr, interval)
+    data = as_counts(data, fit.schema)
+    kind, levels = groups_of(data, by, "by")
+    asked = [level] if isinstance(level, str) else level
+    asked = [name for name in levels if name != baseline] if asked is None else list(asked)
+    for name in [*asked, baseline]:
+        if name not in levels:
+            msg = f"no level {name!r}; there are {', '.join(levels)}"
+            raise ValueError(msg)
+    if baseline in asked or not asked:
+        msg = f"levels other than the baseline {baseline!r} are needed, not {asked}"
+        raise ValueError(msg)
+    codes, names = groups_of(data, groupby)
+    ((a, b),) = pairs_of(codes, names, group, reference)
+    if b < 0:
+        msg = "reference names a group: the rest is another mixture of groups in each level"
+        raise ValueError(msg)
+    units = units_of(fit, data, replicate_key, batch)
+
+    def curves(name: str) -> Float[ndarray, "genes points"]:
+        """Return the quasi-likelihood of the groups' log2 fold changes in a level."""
+        mine = (kind == levels.index(name)) & (units.of_cell >= 0)
+        arms = sums(data.x, np.where(mine, codes, -1), len(names), units.of_cell, len(units.batch))
+        shown = f"{names[a]}, {name}"
+        use, stratum = comparable(arms[a], arms[b], units.batch, batch, fit.schema.batches, shown)
+        arm, other = arms[a][use], arms[b][use]
+        if units.replicate is None:
+            return likelihood(arm, other)
+        count_replicates(arm, other, units.replicate[use], shown)
+        return likelihood(arm, other, stratum)
+
+    of_baseline, tables = curves(baseline), []
+    lfc_baseline = shrink(of_baseline).mean
+    for name in asked:
+        of_level = curves(name)
+        lfc = shrink(of_difference(of_level, of_baseline))
+        who = {"gene": fit.schema.genes, "level": name, "baseline": baseline}
+        table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
+        table = table.join(summarise(lfc, delta, interval))
+        table["lfc_level"], table["lfc_baseline"] = shrink(of_level).mean, lfc_baseline
+        table = table[~table.gene.isin(fit.schema.absent)]
+        tables.append(table.iloc[np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))])
+    return decide(pd.concat(tables, ignore_index=True), fdr)
+
+
+def of_difference(
+    a: Float[ndarray, "genes points"], b: Float[ndarray, "genes points"]
+) -> Float[ndarray, "genes points"]:
+    """Return the likelihood of t_a - t_b from those of t_a and t_b, over :data:`pyrosc.shrinkage.LFC`.
+
+    The integral over t_b is over the grid; beyond it the likelihood of t_a is that of the grid's end, so that
+    a gene of which nothing is known in one of them, a flat curve, gives a flat one.
+    """
+    n = a.shape[1]
+    wide = np.pad(a, ((0, 0), (n // 2, n // 2)), mode="edge")
+    curves = fftconvolve(wide, b[:, ::-1], mode="valid", axes=1)
+    # (a Fourier transform has an error of 1e-16 of the largest)
+    return np.maximum(curves / curves.max(axis=1, keepdims=True), 1e-14)
