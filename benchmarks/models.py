@@ -7,7 +7,8 @@ those without a posterior (their code is a function of the cell that it explains
 counts. Their `reconstruction`, and that of the others, is the mean of -log p(x given z): it grows less with
 every freedom of the code, and compares nothing. SCANVI is shown the training cells' labels.
 
-Seconds are of `for_data` and `fit_svi`, after a first fit that loads what a first fit loads.
+Seconds are of `for_data` and `fit_svi`, after a first fit that loads what a first fit loads. Printed at the
+end: the README's table.
 
     python benchmarks/models.py --data DIR
     python benchmarks/models.py --models GMVAE VSC --seeds 0 1 2
@@ -100,6 +101,19 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
+def table(lines: list[dict]) -> str:
+    """Return the README's table: nats per cell and seconds of each model that has a likelihood of counts."""
+    of = {(line["model"], line["likelihood"]): line for line in lines if line["nats_per_cell"] is not None}
+    rows = [["model", *COUNTS], ["---"] * (1 + len(COUNTS))]
+    for name in dict.fromkeys(model for model, _ in of):
+        cells = [of.get((name, likelihood)) for likelihood in COUNTS]
+        rows.append(
+            [f"`{name}`"]
+            + ["" if c is None else f"{c['nats_per_cell']:.1f} ({c['seconds']:.0f} s)" for c in cells]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,6 +141,7 @@ def main() -> None:
     record = common.commit() | {"machine": common.machine(), "seeds": options.seeds, "settings": settings}
     record["versions"] = common.versions("pyrosc", "torch", "pyro-ppl", "numpy", "anndata", "scanpy")
     rows = list(rows_of(adata, options))
+    print(table(summary(rows)))
     if options.output:
         common.write_json(options.output, record | {"summary": summary(rows), "rows": rows})
 
