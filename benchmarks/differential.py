@@ -234,7 +234,7 @@ def part_halves(options: argparse.Namespace) -> Iterator[dict]:
     kang = kang[kang.obs.condition == "ctrl"]
     for name, adata in (("pbmc3k", pbmc), ("kang_ifnb", kang), ("kang_ifnb, donors", kang)):
         adata = adata[adata.obs.cell_type == adata.obs.cell_type.value_counts().index[0]]
-        adata = common.with_variable_genes(adata)
+        adata = common.with_variable_genes(adata[:, np.asarray((adata.X > 0).sum(0)).ravel() >= 3])
         donors = adata.obs.get("donor")
         adata.obs = pd.DataFrame(index=adata.obs_names)
         for split in range(2 if options.smoke else 50):
