@@ -13,7 +13,7 @@ from scipy.stats import beta
 
 from pyrosc.counts import Counts
 from pyrosc.differential import differential_expression
-from pyrosc.groups import groups_of
+from pyrosc.groups import groups_of, pairs_of
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
@@ -127,11 +127,10 @@ def null_calibration(
     asked = question | {"replicate_key": replicate_key, "batch": batch, "seed": seed}
     differential_expression(fit, data, groupby=groupby, **asked)  # raises what there is to raise
     codes, names = groups_of(data, groupby)
-    reference = str(question.get("reference", "rest"))
-    if reference != "rest" and question.get("group") is not None:
-        group = question["group"]
-        shown = {str(name) for name in ([group] if np.isscalar(group) else group)} | {reference}
-        codes = np.where(np.isin(codes, [i for i, name in enumerate(names) if name in shown]), codes, -1)
+    pairs = pairs_of(codes, names, question.get("group"), question.get("reference", "rest"))
+    compared = {code for pair in pairs for code in pair}
+    if -1 not in compared:  # with the rest all groups are
+        codes = np.where(np.isin(codes, list(compared)), codes, -1)
     where = np.zeros(data.n_cells, np.int64) if batch is None else data.batch.astype(np.int64)
     rng = np.random.default_rng(seed)
     if replicate_key is None:

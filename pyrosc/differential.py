@@ -189,6 +189,12 @@ def summarise(
     )
 
 
+def by_evidence(table: pd.DataFrame, absent: Sequence[str]) -> pd.DataFrame:
+    """Leave out absent genes; order the others by the error of a call, then by |lfc_mean| / lfc_sd."""
+    table = table[~table.gene.isin(absent)]
+    return table.iloc[np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))]
+
+
 def decide(table: pd.DataFrame, fdr: Number = 0.05) -> pd.DataFrame:
     """Turn the column `error` into `expected_fdr` and `is_de`, jointly over all rows; see :func:`compare`."""
     error = np.sort(table["error"].to_numpy())
@@ -363,9 +369,7 @@ def differential_expression(
         if units.replicate is not None:
             sides = count_replicates(arm, other, units.replicate[use], names[a])
             table["replicates"], table["replicates_reference"] = sides
-        table = table[~table.gene.isin(fit.schema.absent)]
-        evidence = np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))
-        tables.append(table.iloc[evidence])
+        tables.append(by_evidence(table, fit.schema.absent))
     found = decide(pd.concat(tables, ignore_index=True), fdr)
     found.attrs["groupby"] = groupby if isinstance(groupby, str) else ""
     return found

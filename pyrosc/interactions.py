@@ -11,7 +11,7 @@ from numpy import ndarray
 from scipy.signal import fftconvolve
 
 from pyrosc.counts import Counts
-from pyrosc.differential import Number, check_numbers, decide, summarise
+from pyrosc.differential import Number, by_evidence, check_numbers, decide, summarise
 from pyrosc.groups import comparable, count_replicates, groups_of, pairs_of, units_of
 from pyrosc.reading import as_counts
 from pyrosc.shrinkage import likelihood, shrink
@@ -118,8 +118,7 @@ def interaction(
         table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
         table = table.join(summarise(lfc, delta, interval))
         table["lfc_level"], table["lfc_baseline"] = shrink(of_level).mean, lfc_baseline
-        table = table[~table.gene.isin(fit.schema.absent)]
-        tables.append(table.iloc[np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))])
+        tables.append(by_evidence(table, fit.schema.absent))
     return decide(pd.concat(tables, ignore_index=True), fdr)
 
 

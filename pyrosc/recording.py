@@ -161,16 +161,17 @@ def _simplify(graph: fx.GraphModule) -> None:
         if node.target is aten.detach.default or (
             same and node.target in (aten.expand.default, aten.view.default)
         ):
-            node.replace_all_uses_with(source)
-            graph.graph.erase_node(node)
+            result = source
         elif node.target is aten.ones_like.default:  # a gradient's first 1 is no function of the loss
             value = node.meta["val"]
             with graph.graph.inserting_before(node):
                 kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-                one = graph.graph.call_function(aten.ones.default, (list(value.shape),), kind)
-            one.meta = node.meta
-            node.replace_all_uses_with(one)
-            graph.graph.erase_node(node)
+                result = graph.graph.call_function(aten.ones.default, (list(value.shape),), kind)
+            result.meta = node.meta
+        else:
+            continue
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code(acts)
     graph.graph.lint()
     graph.recompile()

@@ -116,9 +116,7 @@ def test_groups_that_are_not_asked_about_stay_out(fit, asked):
 def test_replicates_of_one_condition_change_labels_as_wholes(fit, asked):
     adata = simulated()
     null = null_calibration(fit, adata, **QUESTION, replicate_key="donor", batch=None)
-    assert (
-        len(null.calls) == 9
-    )  # 20 ways to choose 3 of 6, half of them the other's mirror, less the true one
+    assert len(null.calls) == 9  # of 20 ways to choose 3 of 6 half are mirrors, and one is as it was
     for labels in asked[1:]:
         table = pd.crosstab(adata.obs.donor, labels)
         assert ((table > 0).sum(1) == 1).all()
