@@ -1,8 +1,12 @@
-"""Whether the compiled loops can be had: where numba does not import, torch operations do the same."""
+"""Which compiled loops can be had: where numba or Triton does not import, torch operations do the same."""
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -21,3 +25,31 @@ def kernels() -> Any:
         )
         return None
     return kernels
+
+
+@cache
+def on_cuda() -> Any:
+    """Return the module `cuda`; None, and a word in the log, where Triton cannot compile it."""
+    try:
+        from pyrosc import cuda
+
+        one = torch.ones(1, 1, device="cuda")
+        cuda.log_density(one, one, one, one, (True, True, True))
+    except Exception as error:  # an ImportError, or whatever its compiler stumbles on
+        why = str(error).partition("\n")[0] or type(error).__name__
+        _log.warning("Triton cannot be used (%s): slower torch operations take the place of its loop", why)
+        return None
+    return cuda
+
+
+def log_density_for(counts: Tensor, parameters: Sequence[Tensor | None]) -> Callable[..., Any] | None:
+    """Return the compiled log density of rows for tensors of that device and type; None if there is none."""
+    given = [p for p in parameters if p is not None]
+    if any(p.dtype != torch.float32 for p in given):
+        return None
+    devices = {t.device.type for t in (counts, *given)}
+    if devices == {"cpu"} and kernels():
+        return torch.ops.pyrosc.log_density
+    if devices == {"cuda"} and on_cuda():
+        return on_cuda().log_density
+    return None

@@ -5,7 +5,8 @@ count, where it needs special functions and is evaluated in float64 for just tho
 typical count matrix). Partial derivatives come in closed form, so autograd differentiates none of it.
 
 What programs ask for is the density of whole cells, ``NegativeBinomial(...).to_event(1)``. On a CPU that is
-one compiled loop (`kernels.py`); elsewhere, and entry by entry, the torch operations written here.
+one compiled loop (`kernels.py`), on CUDA one kernel (`cuda.py`); elsewhere, and entry by entry, the torch
+operations written here.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, constraints
 from torch.nn.functional import softplus
 
-from pyrosc.compiled import kernels
+from pyrosc.compiled import log_density_for
 
 _SMALLEST_MEAN = torch.finfo(torch.float32).tiny  # at a positive count, where a mean of 0 gives -inf
 _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a library size it is finite in float32
@@ -287,17 +288,17 @@ class _Cell(Independent):
         if isinstance(base, MaskedDistribution):
             return self._masked_log_prob(value)
         parameters = _parameters(base)
-        tensors = [value, *(p for p in parameters or () if p is not None)]
         # (A value narrower than the event is repeated along it; no loop does that.)
         whole = value.numel() and value.ndim and base.batch_shape[-1] in (1, value.shape[-1])
         whole = whole and 0 not in base.batch_shape
-        if parameters is None or not whole or not _suits_kernels(tensors) or not kernels():
+        compiled = log_density_for(value, parameters) if parameters is not None and whole else None
+        if parameters is None or compiled is None:
             return base.log_prob(value).sum(tuple(range(-self.reinterpreted_batch_ndims, 0)))
         if self._validate_args:
             base._validate_sample(value)
         if not torch.is_grad_enabled():
             parameters = [p if p is None else p.detach() for p in parameters]
-        log_prob = _Rows.apply(value, *parameters)
+        log_prob = _Rows.apply(compiled, value, *parameters)
         log_prob = log_prob.expand(torch.broadcast_shapes(base.batch_shape[:-1], log_prob.shape))
         return sum_rightmost(log_prob, self.reinterpreted_batch_ndims - 1)
 
@@ -348,24 +349,19 @@ def _parameters(d: Any) -> list[Tensor | None] | None:
     return None
 
 
-def _suits_kernels(tensors: Sequence[Tensor]) -> bool:
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
-    return on_cpu and all(p.dtype == torch.float32 for p in tensors[1:])
-
-
 class _Rows(torch.autograd.Function):
-    """The log density of rows of counts by `kernels.py`, and its gradients."""
+    """The log density of rows of counts by a compiled loop, and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *parameters: Tensor | None) -> Any:
+    def forward(ctx: Any, compiled: Callable[..., Any], value: Tensor, *parameters: Tensor | None) -> Any:
         tensors = [value.to(torch.float32), *parameters]
         ctx.shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
         ctx.wanted, ctx.shapes = (
-            ctx.needs_input_grad[1:],
+            ctx.needs_input_grad[2:],
             [None if p is None else p.shape for p in parameters],
         )
         rows = [None if t is None else _rows_of(t, ctx.shape) for t in tensors]
-        log_prob, *slopes = torch.ops.pyrosc.log_density(*rows, list(ctx.wanted))
+        log_prob, *slopes = compiled(*rows, list(ctx.wanted))
         ctx.save_for_backward(*(slope for slope, want in zip(slopes, ctx.wanted, strict=True) if want))
         return log_prob.view(ctx.shape[:-1])
 
@@ -374,7 +370,11 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slopes = iter(ctx.saved_tensors)
         wanted = zip(ctx.wanted, ctx.shapes, strict=True)
-        return None, *(_chained(grad, next(slopes), ctx.shape, n) if want else None for want, n in wanted)
+        return (
+            None,
+            None,
+            *(_chained(grad, next(slopes), ctx.shape, n) if want else None for want, n in wanted),
+        )
 
 
 def _rows_of(tensor: Tensor, shape: Size) -> Tensor:

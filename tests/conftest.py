@@ -1,6 +1,7 @@
 """Small data and small fits; and after every test the process is as before: store, flags, threads."""
 
 import contextlib
+import os
 
 import numpy as np
 import pyro
@@ -9,6 +10,8 @@ import torch
 
 # pyrosc is imported inside the fixtures: jaxtyping's hook must be in place first.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
 
 
 def pytest_configure(config):

@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A file imports from layers below its own only; those of a layer do not know each other.
 LAYERS = [
-    {"kernels"},
+    {"kernels", "cuda"},
     {"compiled"},
     {"random", "cells", "datasets", "distributions", "sparse", "spike_slab"},
     {"counts"},
