@@ -101,6 +101,8 @@ def library_of(
         return ObservedLibrary(), ObservedLibrary()
     if name == "latent":
         encoder = Encoder(data.n_genes, 1, covariates, hidden, norm=norm, dropout=dropout)
+        # A library size that is off by a factor of e^5, once, has a gradient that Adam remembers for long.
+        encoder.start_at(0.0, 0.1)
         return LatentLibrary.for_data(data), LibraryEncoder(encoder)
     msg = f'library must be "observed" or "latent", not {name!r}'
     raise ValueError(msg)

@@ -1,6 +1,8 @@
 """Neural networks, and heads that return distributions. They know tensors, not AnnData and not training."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -261,6 +263,15 @@ class Encoder(nn.Module):
             self.moments: nn.Module = nn.Linear(hidden[-1], 2 * n_out)
         else:
             self.body, self.moments = CellsLinear(n_genes, 2 * n_out, covariates), nn.Identity()
+
+    def start_at(self, loc: float, scale: float) -> None:
+        """Set the last layer so that q starts as Normal(loc, scale), whatever the counts."""
+        last: Any = self.body.counts if isinstance(self.body, CellsLinear) else self.moments
+        with torch.no_grad():
+            last.weight.zero_()
+            loc_offset, log_variance_offset = last.bias.chunk(2)
+            loc_offset.fill_(loc)
+            log_variance_offset.fill_(2 * math.log(scale))
 
     def forward(self, cells: Cells) -> dist.Normal:
         """Return Normal(loc, scale), each (cells, n_out)."""

@@ -157,10 +157,17 @@ def between_replicates(
         return None
 
     def noise(tau2: float) -> ndarray:
-        v = [w * (known + tau2 * factor) for w, _, known, factor in parts]
-        return sum((u + 2 * u**2).sum(0) for u in v)
+        excess_kurtosis = _excess_kurtosis(np.log1p(tau2))
+        of_parts = ((w * known, w * tau2 * factor) for w, _, known, factor in parts)
+        return sum((u + v + 2 * (u + v) ** 2 + excess_kurtosis * v**2).sum(0) for u, v in of_parts)
 
     return _drawn_together(excess, scale, noise)
+
+
+def _excess_kurtosis(log_variance: float) -> float:
+    """Fourth cumulant of a log-normal over its squared variance: its squares err by so much more."""
+    a = np.exp(log_variance)
+    return a**4 + 2 * a**3 + 3 * a**2 - 6
 
 
 def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:

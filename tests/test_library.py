@@ -69,3 +69,11 @@ def test_library_by_name(data):
     assert q(cells_of(data)).batch_shape == (6, 1)
     with pytest.raises(ValueError, match=r'"observed" or "latent".*free'):
         library_of("free", data, Covariates(), (8,), **parts)
+
+
+@pytest.mark.parametrize("hidden", [(), (8,)])
+def test_the_guide_of_the_library_starts_near_the_total(data, hidden):
+    _, encoder = library_of("latent", data, Covariates(), hidden, norm="batch", dropout=0.1)
+    q = encoder(cells_of(data))
+    np.testing.assert_allclose(q.loc[:, 0].detach(), np.log(data.library[:6]), rtol=1e-6)
+    torch.testing.assert_close(q.scale, torch.full((6, 1), 0.1), rtol=2e-3, atol=0)

@@ -7,9 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.sparse as sp
+import scipy.stats
 import torch
 
-from pyrosc import differential_expression, fit_svi
+from pyrosc import differential_expression, fit_svi, variation
 from pyrosc.groups import comparable
 from pyrosc.shrinkage import LFC, likelihood, shrink
 from pyrosc.variation import between_replicates, dispersion, sums
@@ -47,6 +48,22 @@ def test_variance_between_replicates_is_that_of_the_simulation(paired, tau):
         tau2 = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
         found.append(tau2.mean())
     np.testing.assert_allclose(np.mean(found), tau**2, rtol=0.15, atol=0.003)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_genes_that_donors_differ_in_alike_get_one_variance(paired):
+    """Squares of log-normal errors scatter more than a normal's: that is no difference between genes."""
+    spread = []
+    for seed in range(6):
+        one, zero, stratum = arms_of(*donors(seed, 6, 0.35, paired=paired)[:3])
+        spread.append(between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)]).std())
+    assert np.mean(spread) < 0.1 * 0.35**2
+
+
+def test_excess_kurtosis_is_that_of_a_log_normal():
+    for s in (0.01, 0.35, 0.9):
+        want = scipy.stats.lognorm.stats(s, moments="k")
+        np.testing.assert_allclose(variation._excess_kurtosis(s**2), want, rtol=1e-8)
 
 
 def test_one_replicate_a_side_says_nothing_of_their_variance():
