@@ -61,6 +61,10 @@ OURS: dict[str, dict[str, dict]] = {
         "pyrosc": {"model": {"library": "latent"}},
         "pyrosc, scVAE's network": {"model": {"library": "latent", "hidden": [100, 100]}},
         "pyrosc, linear variance": {"model": {"library": "latent", "dispersion": "gene-linear"}},
+        "pyrosc, linear variance, 18 epochs": {
+            "model": {"library": "latent", "dispersion": "gene-linear"},
+            "fit": {"epochs": 18},
+        },
         "pyrosc, observed library": {},
     },
     "dca": {"pyrosc": {}, "pyrosc, 12 epochs": {"fit": {"epochs": 12}}},
@@ -171,7 +175,7 @@ def gmvae(adata: ad.AnnData, folder: Path, options: argparse.Namespace) -> Itera
             result, _ = run(options.scvae_python, PEERS / "scvae_gmvae.py", folder, job)
             yield {"contestant": "scVAE", "seed": seed} | result
         for name, told in options.ours["gmvae"].items():
-            told = {"model": {"n_components": COMPONENTS} | told.get("model", {})}
+            told = told | {"model": {"n_components": COMPONENTS} | told.get("model", {})}
             result, _ = run_ours("GMVAE", folder, seed, told, options.fit)
             yield {"contestant": name, "seed": seed} | result
 
