@@ -24,7 +24,8 @@ Contestants: `pyrosc`, differential_expression(estimand="mean"), told of batches
 mixture with mode 0 and delta-method errors for the raw log ratios of group means; `wilcoxon`, scanpy's on
 log1p of counts per median total, Benjamini-Hochberg; `pseudobulk` (donors only), t tests of log counts per
 million of each donor's sum, paired where donors have both sides, Benjamini-Hochberg; `scvi`, scvi-tools'
-change mode with its defaults (delta .25, fdr .05) and the batch key, `--scvi-seeds` of them.
+change mode with its defaults (delta .25, fdr .05) and the batch key, `--scvi-seeds` of them; `deseq2` (donors
+only), pydeseq2 on the donors' sums, donors in the design where they have both sides.
 
     python benchmarks/differential.py --data DIR --peer-python PEER/bin/python
     python benchmarks/differential.py --parts simulated --seeds 0 1 2
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 LEVELS = np.array([0.01, 0.05, 0.1, 0.2])
 SETTINGS = ("plain", "small", "batches", "half", "donors", "nobody")
-PEER = Path(__file__).parent / "peers" / "scvi_de.py"
+PEERS = Path(__file__).parent / "peers"
 DELTA = 0.25
 
 
@@ -139,14 +140,25 @@ def by_pseudobulk(adata: ad.AnnData) -> pd.DataFrame:
 
 def by_scvi(adata: ad.AnnData, python: Path, seed: int, fit: dict) -> pd.DataFrame:
     """Ask scvi-tools in an interpreter of its own."""
+    table = answer(adata, python, "scvi_de.py", {"seed": seed, "fit": fit, "delta": DELTA})
+    rank = table.proba_not_de.argsort(kind="stable").argsort()
+    return result(table.lfc_mean, table.expected_fdr, rank)
+
+
+def by_deseq2(adata: ad.AnnData, python: Path) -> pd.DataFrame:
+    """Ask pydeseq2 in an interpreter of its own; genes that it leaves out are not called."""
+    table = answer(adata, python, "deseq2_de.py", {}).fillna({"lfc_mean": 0, "stat": 0, "padj": 1})
+    return result(table.lfc_mean, table.padj, np.argsort(-table.stat.abs(), kind="stable").argsort())
+
+
+def answer(adata: ad.AnnData, python: Path, script: str, job: dict) -> pd.DataFrame:
+    """Return the table that a peer's program makes of the cells."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         adata.write_h5ad(folder / "cells.h5ad")
-        (folder / "job.json").write_text(json.dumps({"seed": seed, "fit": fit, "delta": DELTA}))
-        subprocess.run([python, PEER, folder], check=True, stdout=subprocess.DEVNULL)
-        table = pd.read_csv(folder / "answer.csv", index_col=0).loc[adata.var_names]
-    rank = table.proba_not_de.argsort(kind="stable").argsort()
-    return result(table.lfc_mean, table.expected_fdr, rank)
+        (folder / "job.json").write_text(json.dumps(job))
+        subprocess.run([python, PEERS / script, folder], check=True, stdout=subprocess.DEVNULL)
+        return pd.read_csv(folder / "answer.csv", index_col=0).loc[adata.var_names]
 
 
 def result(lfc, expected, rank, lower=None, upper=None) -> pd.DataFrame:
@@ -226,6 +238,8 @@ def contestants(adata: ad.AnnData, seed: int, options: argparse.Namespace) -> li
     if options.peer_python and seed in options.scvi_seeds:
         fit = {"max_epochs": 2} if options.smoke else {}
         known.append(("scvi", lambda cells: by_scvi(cells, options.peer_python, seed, fit)))
+    if options.deseq2_python and "donor" in adata.obs and seed >= 0:
+        known.append(("deseq2", lambda cells: by_deseq2(cells, options.deseq2_python)))
     return known
 
 
@@ -320,6 +334,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=common.DATA, help="folder of the .h5ad files")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has scvi-tools")
+    parser.add_argument("--deseq2-python", type=Path, help="an interpreter that has pydeseq2")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
     parser.add_argument("--scvi-seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="default benchmarks/results; none for --smoke")

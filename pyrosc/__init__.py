@@ -44,6 +44,7 @@ from pyrosc.posterior import (
 from pyrosc.query import fit_query
 from pyrosc.ranking import to_scanpy
 from pyrosc.reading import from_anndata
+from pyrosc.sets import gene_sets
 from pyrosc.states import Clusters, clusters, foreground, inclusion, loadings, predict, zero_inflation
 from pyrosc.svi import Fit, fit_svi
 
@@ -81,6 +82,7 @@ __all__ = [
     "fit_svi",
     "foreground",
     "from_anndata",
+    "gene_sets",
     "impute",
     "impute_proteins",
     "inclusion",

@@ -1,9 +1,10 @@
-"""Is the fit any good? What a model without structure would say of the same cells."""
+"""Is the fit any good? A model without structure to compare with, and counts to score imputation on."""
 
 from typing import Any
 
 import numpy as np
 import pyro
+import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.distributions import NegativeBinomial
-from pyrosc.reading import as_counts
+from pyrosc.reading import as_counts, from_anndata
 from pyrosc.svi import Fit, fit_svi
 
-__all__ = ["NoStructure", "baseline"]
+__all__ = ["NoStructure", "baseline", "thin"]
 
 
 class NoStructure(nn.Module):
@@ -101,3 +102,54 @@ def baseline(data: Counts | AnnData, **settings: Any) -> Fit:
     epochs = max(1, round(100 / -(-data.n_cells // size)))
     chosen = {"epochs": epochs, "validation": 0.0, "minibatch_size": size, "learning_rate": 0.05}
     return fit_svi(NoStructure.for_data(data), data, **chosen | settings)
+
+
+def thin(
+    adata: AnnData, fraction: float | int = 0.9, *, layer: str | None = None, seed: int = 0
+) -> tuple[AnnData, AnnData]:
+    """Split each count at random in two, as if the cells had been sequenced twice.
+
+    Of x molecules Binomial(x, fraction) are in the first part, the others in the second. Given a cell's rate,
+    Poisson counts make parts that are independent of each other: what imputes the first is scored on the
+    second, at (1 - fraction) / fraction of its depth, and can't have seen its noise.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes, with counts. Nothing is written into it.
+    fraction
+        Share of the first part, between 0 and 1.
+    layer
+        Layer that holds the counts; ``X`` by default.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    tuple of AnnData
+        The parts, with their counts in ``X`` (csr, float32), and ``obs`` and ``var`` of the whole. A cell of
+        few counts may have none left in one of them.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    ValueError
+        If these are no counts, or `fraction` is out of range.
+
+    References
+    ----------
+    Batson, Royer and Webber, Molecular cross-validation for single-cell RNA-seq, 2019. Neufeld et al.,
+    Inference after latent variable estimation for single-cell RNA sequencing data, 2024.
+    """
+    if not 0 < fraction < 1:
+        msg = f"fraction is a share between 0 and 1, not {fraction!r}"
+        raise ValueError(msg)
+    x = from_anndata(adata, layer=layer).x
+    first = np.random.default_rng(seed).binomial(x.data.astype(np.int64), fraction)
+    parts = []
+    for counts in (first, x.data - first):
+        part = sp.csr_matrix((counts.astype(np.float32), x.indices, x.indptr), shape=x.shape, copy=True)
+        part.eliminate_zeros()
+        parts.append(AnnData(part, obs=adata.obs.copy(), var=adata.var.copy()))
+    return parts[0], parts[1]

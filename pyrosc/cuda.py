@@ -5,6 +5,7 @@ while they wait for memory; the formulas are those of `distributions.py`, where 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, no_type_check
 
 import torch
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 512  # genes that one program looks at
+_BLOCK = 128  # genes that one program looks at: one to a thread
+_TABLE = 256  # counts below have the logs of their factorials looked up
 _SMALLEST_MEAN = tl.constexpr(float(torch.finfo(torch.float32).tiny))
 _STEEPEST = tl.constexpr(1e30)
 
@@ -69,6 +71,16 @@ def _stirling_slope(z):
 
 @triton.jit
 @no_type_check
+def _log_factorial(x, table_at, inside, N_TABLE: tl.constexpr):
+    """Log of x!: looked up, or by Stirling's formula where the table ends."""
+    known = x < N_TABLE
+    looked_up = tl.load(table_at + tl.where(known, x, 0.0).to(tl.int32), inside & known, 0.0)
+    z = tl.where(known, 1.0 * N_TABLE, x + 1.0)
+    return tl.where(known, looked_up, (z - 0.5) * tl.log(z) - z + 0.9189385332046728 + _stirling(z))
+
+
+@triton.jit
+@no_type_check
 def _log_rising_factorial(theta, x):
     """Log of Gamma(theta + x) / Gamma(theta), and its slope in theta."""
     a, b = theta, theta + x
@@ -97,12 +109,14 @@ def _log_density(
     d_mean_at,
     d_theta_at,
     d_gate_at,
+    table_at,
     n_genes,
     x_rows,
     mean_rows,
     theta_rows,
     gate_rows,
     BLOCK: tl.constexpr,
+    N_TABLE: tl.constexpr,
 ):
     """Fill in a row's log p(x) of a block of genes, and the slopes of each; None is what there is none of."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -112,7 +126,7 @@ def _log_density(
     mu = tl.load(mean_at + (row % mean_rows) * n_genes + gene, inside, 1.0).to(tl.float64)
     zero = x == 0.0
     mu = tl.where(zero, mu, tl.maximum(mu, _SMALLEST_MEAN))
-    log_factorial, _ = _log_rising_factorial(tl.full([BLOCK], 1.0, tl.float64), x)
+    log_factorial = _log_factorial(x, table_at, inside, N_TABLE)
     safe = tl.where(zero, 1.0, mu)
     # The log density of a zero, y, and that of a count, z, with their slopes.
     if theta_at is None:
@@ -162,7 +176,12 @@ def log_density(
     slopes = [x.new_empty((n_rows, n_genes) if want else (0, n_genes)) for want in wanted]
     filled = [slope if want else None for slope, want in zip(slopes, wanted, strict=True)]
     rows = [0 if t is None else len(t) for t in inputs]
-    arguments: list[Any] = [*inputs, log_p, *filled, n_genes, *rows]
+    arguments: list[Any] = [*inputs, log_p, *filled, _log_factorials(x.device), n_genes, *rows]
     with torch.cuda.device_of(x):
-        _log_density[n_rows, n_blocks](*arguments, BLOCK=_BLOCK)
+        _log_density[n_rows, n_blocks](*arguments, BLOCK=_BLOCK, N_TABLE=_TABLE)
     return log_p.sum(1).to(x.dtype), slopes[0], slopes[1], slopes[2]
+
+
+@cache
+def _log_factorials(device: torch.device) -> Tensor:
+    return torch.lgamma(torch.arange(1, _TABLE + 1, dtype=torch.float64)).to(device)

@@ -340,7 +340,7 @@ def differential_expression(
     Bayes method for differential expression analysis of single cells with deep generative models, 2023.
     """
     check_numbers(delta, fdr, interval)
-    _check_question(fit, estimand, batch, n_draws, replicate_key)
+    _check_estimand(estimand, n_draws, replicate_key)
     batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
     codes, names = groups_of(data, groupby)
@@ -396,13 +396,9 @@ def check_numbers(delta: Number, fdr: Number, interval: Number) -> None:
             raise ValueError(msg)
 
 
-def _check_question(fit: Fit, estimand: str, batch: str | None, n_draws: int, replicate_key: Any) -> None:
+def _check_estimand(estimand: str, n_draws: int, replicate_key: Any) -> None:
     if estimand not in ("mean", "cell"):
         msg = f'estimand must be "mean" or "cell", not {estimand!r}'
-        raise ValueError(msg)
-    if batch not in (None, "average", *fit.schema.batches):
-        known = ", ".join(fit.schema.batches)
-        msg = f'no batch {batch!r}; the fit knows {known}; or give "average" or None'
         raise ValueError(msg)
     if estimand == "cell" and replicate_key is not None:
         msg = 'replicates are of the means\' question: give estimand="mean", or no replicate_key'

@@ -75,6 +75,10 @@ class Units:
 
 def units_of(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> Units:
     """Return the units of a question, batches being one where they are ignored."""
+    if batch not in (None, "average", *fit.schema.batches):
+        there = ", ".join(fit.schema.batches)
+        msg = f'no batch {batch!r}; the fit knows {there}; or give "average" or None'
+        raise ValueError(msg)
     batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
     if replicate_key is None:
         each = np.arange(1 if batch is None else len(fit.schema.batches))

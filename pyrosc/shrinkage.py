@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from pyrosc.variation import Arm, between_replicates, dispersion, strata
+from pyrosc.variation import Arm, between_replicates, dispersion, fitted_share, strata
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
@@ -26,6 +26,7 @@ _WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
 _LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
 _DENSITY = torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=_LEAST).exp()
+_NORMAL = 1e9  # degrees of freedom that make a normal distribution of Student's
 _BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
@@ -43,9 +44,13 @@ def likelihood(
         Var U = I + sum_stratum x^2 p^2 (1 - p)^2 (d_a + d_b)
         d_a = (phi_a sum_cells l^2 + tau^2 sum_replicates (sum_cells l)^2) / (sum_cells l)^2,  of a's cells
 
-    and the log quasi-likelihood of over-dispersed counts is the integral of U I / Var U. It is exact for
+    and the log quasi-likelihood of over-dispersed counts is the integral q of U I / Var U. It is exact for
     Poisson counts, skewed where they are few, and flat for a gene without counts: a normal approximation by
     the delta method is none of these, and where a small group meets a rare gene its errors all point one way.
+
+    tau^2 is known with an error of variance e, and where genes differ in it a gene's own may be much larger
+    than it seems. With nu = 2 (Var U)^2 / ((d Var U / d tau^2)^2 e) degrees of freedom (Satterthwaite), the
+    likelihood is that of Student's t, (1 - 2 q / nu)^(-(nu + 1) / 2).
 
     Parameters
     ----------
@@ -60,13 +65,17 @@ def likelihood(
     """
     # An arm of single cells borrows the other's dispersion.
     phi = [dispersion(arm if (arm.cells > 1).any() else other) for arm, other in ((a, b), (b, a))]
-    tau2 = None if stratum is None else between_replicates(a, b, stratum, phi)
+    found = None if stratum is None else between_replicates(a, b, stratum, phi)
     pool = strata(np.arange(len(a.l)) if stratum is None else stratum)
     (xa, la), (xb, lb) = ((pool @ arm.x, (pool @ arm.l)[:, None]) for arm in (a, b))
-    extra = np.zeros_like(xa)
+    extra, between = np.zeros_like(xa), np.zeros_like(la)
     for arm, f, l in ((a, phi[0], la), (b, phi[1], lb)):
         cells, replicates = ((pool @ v)[:, None] / np.maximum(l, 1) ** 2 for v in (arm.ll, arm.l**2))
-        extra += f * cells + (0 if tau2 is None else tau2 * replicates)
+        extra += f * cells
+        between += replicates
+    if found is not None:
+        tau2, error = found
+        extra += tau2 * between
     odds = la * 2.0**LFC
     p = odds / np.maximum(odds + lb, 1e-300)
     pq = p * (1 - p)
@@ -80,8 +89,29 @@ def likelihood(
         variance = (spread @ pq2).add_(information).clamp_(min=1e-300)
         slope = (x_a - x_g @ p).mul_(information).div_(variance)
         torch.cumsum(slope[:, 1:].add(slope[:, :-1]), 1, out=log[:, 1:])
-        log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2).clamp_(min=_LEAST).exp_()
-    return curves.numpy()
+        log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2)
+    if found is not None:
+        nu = _freedom(xa + xb, fitted_share(xa, la, xb, lb), extra, between, error)
+        curves.mul_(-2 / nu).log1p_().mul_(-(nu + 1) / 2)
+    return curves.clamp_(min=_LEAST).exp_().numpy()
+
+
+def _freedom(
+    x: Float[ndarray, "strata genes"],
+    p: Float[ndarray, "strata genes"],
+    extra: Float[ndarray, "strata genes"],
+    between: Float[ndarray, "strata 1"],
+    error: Float[ndarray, "genes"],
+) -> Float[Tensor, "genes 1"]:
+    """Return nu of :func:`likelihood`, between 1 and so many that it makes no difference.
+
+    Twice the square of Var U over the variance that it has as an estimate, (dVar U / dtau^2)^2 e.
+    """
+    information = x * p * (1 - p)
+    variance = (information + information**2 * extra).sum(0)
+    slope = (information**2 * between).sum(0)
+    relative = slope**2 * error / np.maximum(variance, 1e-100) ** 2
+    return torch.from_numpy(2 / np.clip(relative, 2 / _NORMAL, 2))[:, None]
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,12 @@ def dispersion(arm: Arm) -> Float[ndarray, "genes"]:
         v = mu + phi * mu**2
         return (n * (v + 2 * v**2)).sum(0)
 
-    return _drawn_together((squares - arm.x).sum(0), (r**2 * ll).sum(0), noise)
+    return _drawn_together((squares - arm.x).sum(0), (r**2 * ll).sum(0), noise)[0]
 
 
 def between_replicates(
     a: Arm, b: Arm, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
-) -> Float[ndarray, "genes"] | None:
+) -> tuple[Float[ndarray, "genes"], Float[ndarray, "genes"]] | None:
     r"""Return the variance tau^2 of each gene's log rate between replicates that are alike by design.
 
     A replicate's sum x of counts over cells with totals l has the variance ::
@@ -147,8 +147,9 @@ def between_replicates(
 
     Returns
     -------
-    ndarray or None
-        None if no stratum of an arm has two replicates, and no two have cells on both sides.
+    tuple of ndarray, or None
+        tau^2, and the variance of the error that it may have. None if no stratum of an arm has two
+        replicates, and no two have cells on both sides.
     """
     parts = [_within_side(a, phi[0], stratum), _within_side(b, phi[1], stratum), _within_pairs(a, b, phi)]
     excess = sum((residual**2 - w * known).sum(0) for w, residual, known, _ in parts)
@@ -193,13 +194,21 @@ def _within_pairs(a: Arm, b: Arm, phi: Sequence[Float[ndarray, "genes"]]) -> _Pa
     both = (a.cells > 0) & (b.cells > 0)
     a, b = a[both], b[both]
     la, lb = a.l[:, None], b.l[:, None]
-    one, other = ((u * v / (la + lb)).sum(0) for u, v in ((a.x, lb), (b.x, la)))
-    p = la * one / np.maximum(la * one + lb * other, 1e-300)
+    p = fitted_share(a.x, la, b.x, lb)
     x = a.x + b.x
     poisson, square = x * p * (1 - p), (x * p * (1 - p)) ** 2
     spread = phi[0] * (a.ll / a.l**2)[:, None] + phi[1] * (b.ll / b.l**2)[:, None]
     share = poisson / np.maximum(poisson.sum(0), 1e-300)
     return _left(share, np.ones((1, len(x)))), a.x - x * p, poisson + spread * square, 2 * square
+
+
+def fitted_share(xa: ndarray, la: ndarray, xb: ndarray, lb: ndarray) -> ndarray:
+    """Return the part of each stratum's counts that a has if the fold change is the same in all.
+
+    Counts x are (strata, genes), totals l (strata, 1). Source: Mantel and Haenszel, 1959.
+    """
+    one, other = ((x * l / np.maximum(la + lb, 1)).sum(0) for x, l in ((xa, lb), (xb, la)))
+    return la * one / np.maximum(la * one + lb * other, 1e-300)
 
 
 def _left(share: ndarray, pool: Float[ndarray, "strata units"]) -> ndarray:
@@ -211,8 +220,10 @@ def _drawn_together(
     excess: Float[ndarray, "genes"],
     scale: Float[ndarray, "genes"],
     noise: Callable[[float], Float[ndarray, "genes"]],
-) -> Float[ndarray, "genes"]:
+) -> tuple[Float[ndarray, "genes"], Float[ndarray, "genes"]]:
     """Return excess / scale, at least 0, drawn to the genes' mean as far as noise makes them differ.
+
+    The second is the variance of its error: 0 where nothing but noise makes genes differ.
 
     Parameters
     ----------
@@ -223,7 +234,7 @@ def _drawn_together(
     """
     known = scale > 0
     if not known.any():
-        return np.zeros_like(scale)
+        return np.zeros_like(scale), np.zeros_like(scale)
     raw = excess[known] / scale[known]
     mean = max(0.0, excess.sum() / scale.sum())
     for _ in range(3):
@@ -233,6 +244,7 @@ def _drawn_together(
     spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / (
         w.sum() - (w**2).sum() / w.sum() + 1e-300
     )
-    drawn = np.full_like(scale, mean)
+    drawn, error = np.full_like(scale, mean), np.full_like(scale, spread)
     drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / (spread + of_raw))
-    return drawn
+    error[known] = spread * of_raw / (spread + of_raw)
+    return drawn, error

@@ -1,5 +1,9 @@
 """The density that Triton compiles: on a CUDA device, or by Triton's interpreter where there is none."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_kernels import ALL, BROADCASTS, MAKE, SPECIAL, check, example
@@ -19,6 +23,7 @@ def called(monkeypatch):
     calls = []
     compute = lambda *a: calls.append(a) or cuda.log_density(*a)
     monkeypatch.setattr(cuda, "_BLOCK", 32)
+    monkeypatch.setattr(cuda, "_TABLE", 20)
     monkeypatch.setattr(distributions, "log_density_for", lambda *_: compute)
     return calls
 
@@ -66,6 +71,39 @@ def test_slopes_that_nobody_wants_are_not_filled(name, called):
     parameters, x = example(name, 2, 5)
     MAKE[name](*(p.to(DEVICE) for p in parameters)).to_event(1).log_prob(x.to(DEVICE))
     assert called[0][-1] == [False] * 3
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pyrosc.cuda import _log_density
+
+given = {"x_at", "mean_at", "log_p_at", "table_at", "d_mean_at"} | set(sys.argv[1:])
+signature, constants = {}, {}
+for i, name in enumerate(_log_density.arg_names):
+    doubles = "*fp64" if name in ("log_p_at", "table_at") else "*fp32"
+    fixed = {"BLOCK": 128, "N_TABLE": 256} | ({} if name in given or name[-3:] != "_at" else {name: None})
+    signature[name] = "constexpr" if name in fixed else doubles if name in given else "i32"
+    constants |= {(i,): fixed[name]} if name in fixed else {}
+source = ASTSource(fn=_log_density, signature=signature, constexprs=constants)
+print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="the device compiles it itself")
+@pytest.mark.parametrize(
+    "given", [(), ("theta_at", "d_theta_at", "gate_at", "d_gate_at")], ids=["poisson", "zinb"]
+)
+def test_it_compiles_without_a_device(given, tmp_path):
+    told = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE, *given], env=told, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10_000
 
 
 def test_without_triton_torch_does_the_same(monkeypatch, caplog):

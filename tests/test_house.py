@@ -40,7 +40,7 @@ LAYERS = [
     {"variation", "query"},
     {"shrinkage", "groups"},
     {"differential", "criticism", "ranking"},
-    {"calibration", "interactions"},
+    {"calibration", "interactions", "sets"},
     {"plots"},
     {"cli"},
     {"__main__"},

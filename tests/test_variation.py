@@ -45,7 +45,7 @@ def test_variance_between_replicates_is_that_of_the_simulation(paired, tau):
     found = []
     for seed in range(3):
         one, zero, stratum = arms_of(*donors(seed, 12, tau, paired=paired)[:3])
-        tau2 = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
+        tau2, _ = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
         found.append(tau2.mean())
     np.testing.assert_allclose(np.mean(found), tau**2, rtol=0.15, atol=0.003)
 
@@ -56,7 +56,7 @@ def test_genes_that_donors_differ_in_alike_get_one_variance(paired):
     spread = []
     for seed in range(6):
         one, zero, stratum = arms_of(*donors(seed, 6, 0.35, paired=paired)[:3])
-        spread.append(between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)]).std())
+        spread.append(between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])[0].std())
     assert np.mean(spread) < 0.1 * 0.35**2
 
 
@@ -182,3 +182,17 @@ def test_cells_without_any_donor_are_refused():
     x, side, donor, _ = donors(4, 4, 0.2, genes=20)
     with pytest.raises(ValueError, match="no cell has a replicate"):
         asked(x, side, donor, replicate_key=np.full(len(x), None))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_genes_of_which_donors_differ_more_than_others_have_longer_tails(paired):
+    """Variances between donors are an inverse chi-squared of six degrees of freedom times .09."""
+    inside = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        tau = 0.3 * np.sqrt(6 / rng.chisquare(6, 1000))
+        x, side, donor, lfc = donors(seed, 8, tau, paired=paired, genes=1000, mean=4.0, equal=True)
+        curves = likelihood(*arms_of(x, side, donor))
+        below = (curves / curves.sum(1, keepdims=True) * (lfc[:, None] >= LFC)).sum(1)
+        inside.append((below > 0.005) & (below < 0.995))
+    assert 0.98 < np.mean(inside) < 0.999

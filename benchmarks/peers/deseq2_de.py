@@ -1,0 +1,49 @@
+"""Pseudobulk differential expression by pydeseq2. `differential.py` runs it in its own interpreter.
+
+    python deseq2_de.py FOLDER
+
+FOLDER holds cells.h5ad (counts in X; obs["side"], "0" or "1", and obs["donor"]). Counts are summed over the
+cells of each donor on each side; the design is the side, and the donor too where donors have both. It gets
+answer.csv: for each gene lfc_mean (log2), stat and padj.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from pydeseq2.dds import DeseqDataSet
+from pydeseq2.ds import DeseqStats
+from scipy import sparse
+
+
+def main(folder: Path) -> None:
+    adata = ad.read_h5ad(folder / "cells.h5ad")
+    units = adata.obs[["donor", "side"]].astype(str)
+    code, rows = pd.factorize(pd.MultiIndex.from_frame(units))
+    member = sparse.csr_matrix((np.ones(len(code)), (code, np.arange(len(code)))))
+    counts = pd.DataFrame((member @ adata.X).toarray().astype(int), columns=adata.var_names)
+    about = pd.DataFrame(list(rows), columns=["donor", "side"])
+    about["donor"] = "d" + about.donor
+    about["side"] = "s" + about.side
+    counts.index = about.index = [f"u{i}" for i in range(len(about))]
+    paired = about.groupby("donor").side.nunique().eq(2)
+    if paired.sum() > 1:
+        both = about.donor.isin(paired.index[paired])
+        counts, about = counts[both], about[both]
+    design = "~donor + side" if paired.sum() > 1 else "~side"
+    data = DeseqDataSet(counts=counts, metadata=about, design=design, quiet=True)
+    data.deseq2()
+    found = DeseqStats(data, contrast=["side", "s1", "s0"], quiet=True)
+    found.summary()
+    table = found.results_df
+    table.rename(columns={"log2FoldChange": "lfc_mean"})[["lfc_mean", "stat", "padj"]].to_csv(
+        folder / "answer.csv"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
