@@ -47,9 +47,10 @@ def log_density_for(counts: Tensor, parameters: Sequence[Tensor | None]) -> Call
     given = [p for p in parameters if p is not None]
     if any(p.dtype != torch.float32 for p in given):
         return None
-    devices = {t.device.type for t in (counts, *given)}
-    if devices == {"cpu"} and kernels():
+    if len({t.device for t in (counts, *given)}) > 1:
+        return None
+    if counts.device.type == "cpu" and kernels():
         return torch.ops.pyrosc.log_density
-    if devices == {"cuda"} and on_cuda():
+    if counts.device.type == "cuda" and on_cuda():
         return on_cuda().log_density
     return None

@@ -1,7 +1,7 @@
 """The log density of cells on CUDA: one pass over the entries, compiled by Triton.
 
-What `kernels.py` is on a CPU. Everything is in float64, which the devices that train models have room for
-while they wait for memory; the formulas are those of `distributions.py`, where they are explained.
+What `kernels.py` is on a CPU. Everything is in float64, of which devices made for training have plenty and
+others little; the formulas are those of `distributions.py`, where they are explained.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ def _log1p(r):
     """Log of 1 + r for r > -1, from a logarithm that rounds 1 + r (Kahan)."""
     u = 1.0 + r
     less_one = u - 1.0
-    return tl.where(less_one == 0.0, r, tl.log(u) * (r / tl.where(less_one == 0.0, 1.0, less_one)))
+    inside = (less_one != 0.0) & (r < 1e300)
+    return tl.where(inside, tl.log(u) * (r / tl.where(inside, less_one, 1.0)), r)
 
 
 @triton.jit
@@ -72,10 +73,10 @@ def _stirling_slope(z):
 @triton.jit
 @no_type_check
 def _log_factorial(x, table_at, inside, N_TABLE: tl.constexpr):
-    """Log of x!: looked up, or by Stirling's formula where the table ends."""
-    known = x < N_TABLE
+    """Log of x!: looked up, or by Stirling's formula where the table ends; NaN for what is no count."""
+    known = (x >= 0.0) & (x < N_TABLE) & (x == tl.floor(x))
     looked_up = tl.load(table_at + tl.where(known, x, 0.0).to(tl.int32), inside & known, 0.0)
-    z = tl.where(known, 1.0 * N_TABLE, x + 1.0)
+    z = tl.where(x < N_TABLE, float("nan"), x + 1.0)
     return tl.where(known, looked_up, (z - 0.5) * tl.log(z) - z + 0.9189385332046728 + _stirling(z))
 
 
@@ -176,12 +177,12 @@ def log_density(
     slopes = [x.new_empty((n_rows, n_genes) if want else (0, n_genes)) for want in wanted]
     filled = [slope if want else None for slope, want in zip(slopes, wanted, strict=True)]
     rows = [0 if t is None else len(t) for t in inputs]
-    arguments: list[Any] = [*inputs, log_p, *filled, _log_factorials(x.device), n_genes, *rows]
+    arguments: list[Any] = [*inputs, log_p, *filled, _log_factorials(x.device, _TABLE), n_genes, *rows]
     with torch.cuda.device_of(x):
         _log_density[n_rows, n_blocks](*arguments, BLOCK=_BLOCK, N_TABLE=_TABLE)
     return log_p.sum(1).to(x.dtype), slopes[0], slopes[1], slopes[2]
 
 
 @cache
-def _log_factorials(device: torch.device) -> Tensor:
-    return torch.lgamma(torch.arange(1, _TABLE + 1, dtype=torch.float64)).to(device)
+def _log_factorials(device: torch.device, n: int) -> Tensor:
+    return torch.lgamma(torch.arange(1, n + 1, dtype=torch.float64)).to(device)

@@ -22,8 +22,15 @@ def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarra
             msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
             raise KeyError(msg)
         groupby = data.obs[groupby]
-    if isinstance(groupby, pd.Series) and set(groupby.index) == set(data.cell_names):
-        groupby = groupby.loc[data.cell_names]  # by its own names of cells, in whatever order
+    if isinstance(groupby, pd.Series) and groupby.index.isin(data.cell_names).any():
+        names = pd.Index(data.cell_names)
+        if not (names.is_unique and groupby.index.is_unique and set(groupby.index) == set(names)):
+            msg = (
+                f"{what} is a Series whose names are not those of the cells, each once: give its values, "
+                ".to_numpy(), if they are in the cells' order, or make names unique, obs_names_make_unique()"
+            )
+            raise ValueError(msg)
+        groupby = groupby.loc[names]  # by its own names of cells, in whatever order
     if len(groupby) != data.n_cells:
         msg = (
             f"{what} has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"

@@ -75,51 +75,74 @@ def interaction(
 
     Notes
     -----
-    The levels' errors are taken for independent. Where they share donors whose cells of all levels err to the
-    same side, that is cautious: intervals are wider than they need be.
+    The same d is the fold change between the levels in one group less that in the other. Where more donors
+    have cells of both levels than of both groups, as donors of one condition each do, it is taken so: what
+    a donor's levels have in common then cancels. The two parts' errors are taken for independent; donors that
+    have all four share some, and intervals are then wider than they need be.
     """
     check_numbers(delta, fdr, interval)
     data = as_counts(data, fit.schema)
     kind, levels = groups_of(data, by, "by")
-    asked = [level] if isinstance(level, str) else level
-    asked = [name for name in levels if name != baseline] if asked is None else list(asked)
+    baseline = str(baseline)
+    batch = None if batch is None else str(batch)
+    asked = [level] if isinstance(level, str) or np.isscalar(level) else level
+    asked = [name for name in levels if name != baseline] if asked is None else [str(name) for name in asked]
     for name in [*asked, baseline]:
         if name not in levels:
             msg = f"no level {name!r}; there are {', '.join(levels)}"
             raise ValueError(msg)
-    if baseline in asked or not asked:
-        msg = f"levels other than the baseline {baseline!r} are needed, not {asked}"
+    if baseline in asked or not asked or len(set(asked)) < len(asked):
+        msg = f"levels other than the baseline {baseline!r}, each once, are needed, not {asked}"
         raise ValueError(msg)
     codes, names = groups_of(data, groupby)
-    ((a, b),) = pairs_of(codes, names, group, reference)
+    ((a, b),) = pairs_of(codes, names, str(group), reference)
     if b < 0:
         msg = "reference names a group: the rest is another mixture of groups in each level"
         raise ValueError(msg)
     units = units_of(fit, data, replicate_key, batch)
 
-    def curves(name: str) -> Float[ndarray, "genes points"]:
-        """Return the quasi-likelihood of the groups' log2 fold changes in a level."""
-        mine = (kind == levels.index(name)) & (units.of_cell >= 0)
-        arms = sums(data.x, np.where(mine, codes, -1), len(names), units.of_cell, len(units.batch))
-        shown = f"{names[a]}, {name}"
-        use, stratum = comparable(arms[a], arms[b], units.batch, batch, fit.schema.batches, shown)
-        arm, other = arms[a][use], arms[b][use]
+    def curves(
+        inside: ndarray, codes: ndarray, one: int, other: int, shown: str
+    ) -> Float[ndarray, "genes points"]:
+        """Return the quasi-likelihood of the log2 fold changes between two kinds of the cells inside."""
+        mine = np.where(inside & (units.of_cell >= 0), codes, -1)
+        arms = sums(data.x, mine, max(one, other) + 1, units.of_cell, len(units.batch))
+        use, stratum = comparable(arms[one], arms[other], units.batch, batch, fit.schema.batches, shown)
+        arm, base = arms[one][use], arms[other][use]
         if units.replicate is None:
-            return likelihood(arm, other)
-        count_replicates(arm, other, units.replicate[use], shown)
-        return likelihood(arm, other, stratum)
+            return likelihood(arm, base)
+        count_replicates(arm, base, units.replicate[use], shown)
+        return likelihood(arm, base, stratum)
 
-    of_baseline, tables = curves(baseline), []
+    def between_groups(at: int) -> Float[ndarray, "genes points"]:
+        return curves(kind == at, np.where(codes > max(a, b), -1, codes), a, b, f"{names[a]}, {levels[at]}")
+
+    base = levels.index(baseline)
+    of_baseline, tables = between_groups(base), []
     lfc_baseline = shrink(of_baseline).mean
     for name in asked:
-        of_level = curves(name)
-        lfc = shrink(of_difference(of_level, of_baseline))
+        at = levels.index(name)
+        of_level = between_groups(at)
+        if _paired(units.of_cell, kind, (at, base)) > _paired(units.of_cell, codes, (a, b)):
+            parts = [
+                curves(codes == g, np.where(kind > max(at, base), -1, kind), at, base, f"{name}, {names[g]}")
+                for g in (a, b)
+            ]
+        else:
+            parts = [of_level, of_baseline]
+        lfc = shrink(of_difference(*parts))
         who = {"gene": fit.schema.genes, "level": name, "baseline": baseline}
         table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
         table = table.join(summarise(lfc, delta, interval))
         table["lfc_level"], table["lfc_baseline"] = shrink(of_level).mean, lfc_baseline
         tables.append(by_evidence(table, fit.schema.absent))
     return decide(pd.concat(tables, ignore_index=True), fdr)
+
+
+def _paired(unit: ndarray, codes: ndarray, of: tuple[int, int]) -> int:
+    """Return how many units have cells of both kinds."""
+    one, other = (np.unique(unit[(codes == code) & (unit >= 0)]) for code in of)
+    return len(np.intersect1d(one, other))
 
 
 def of_difference(

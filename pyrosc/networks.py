@@ -266,8 +266,12 @@ class Encoder(nn.Module):
 
     def start_at(self, loc: float, scale: float) -> None:
         """Set the last layer so that q starts as Normal(loc, scale), whatever the counts."""
-        last: Any = self.body.counts if isinstance(self.body, CellsLinear) else self.moments
+        last: Any = self.moments
         with torch.no_grad():
+            if isinstance(self.body, CellsLinear):
+                last = self.body.counts
+                if self.body.shift is not None:
+                    self.body.shift.weight.zero_()
             last.weight.zero_()
             loc_offset, log_variance_offset = last.bias.chunk(2)
             loc_offset.fill_(loc)

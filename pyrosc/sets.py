@@ -21,6 +21,7 @@ from pyrosc.svi import Fit
 from pyrosc.variation import Arm, fitted_share, strata, sums
 
 _CELLS = 4096  # looked at together
+_KNOWN, _LEAST = 0.25, 0.05**2  # variances of a fold change: of a known one, and of those of a set at least
 
 
 def gene_sets(
@@ -44,7 +45,7 @@ def gene_sets(
     genes have a centre in common and differ from it by a variance that all sets share, so that a rare gene,
     of which little is known, is taken to be like the others. Genes of a set go together, and so do the errors
     of their fold changes: their covariance has the correlations of the cells' (or the replicates') residuals.
-    T is estimated by the best linear prediction. It has no prior: that of the genes, under which they have
+    T has no prior: that of the genes, under which they have
     nothing in common, would draw all of a set to 0 together, and sets are too few to learn one from.
 
     Parameters
@@ -52,7 +53,8 @@ def gene_sets(
     fit, data, groupby, group, reference, delta, fdr, replicate_key, batch, interval
         See :func:`~pyrosc.differential_expression`.
     sets
-        Names of genes by the name of their set. Genes that the fit does not know are left out.
+        Names of genes by the name of their set. Genes that the fit does not know, or a query lacks, are left
+        out.
 
     Returns
     -------
@@ -69,19 +71,25 @@ def gene_sets(
     KeyError
         If there is no such column.
     ValueError
-        If a set has no gene that the fit knows, a group is unknown or too small, or a number is out of range.
+        If sets have no gene that the fit knows, a group is unknown or too small, or a number is out of range.
 
     Notes
     -----
     The estimate's error is taken for normal; with replicates for Student's t, with as many degrees of freedom
-    as replicates show errors with: with three donors on a side correlations are not well known.
+    as replicates show errors with: with three donors on a side correlations are not well known. Without a
+    `replicate_key` errors that cells of a donor share are not seen, and sets that share them seem to change.
+    Residuals of all cells of the groups are held, cells x genes of the sets.
 
     This asks of the set's genes themselves, not whether they change more than others do.
     """
     check_numbers(delta, fdr, interval)
     batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
-    member = _membership(sets, fit.schema.genes)
+    sets = {
+        name: genes if isinstance(genes, str) or genes is None else list(genes)
+        for name, genes in sets.items()
+    }
+    member = _membership(sets, fit.schema.genes, fit.schema.present)
     inside = np.flatnonzero(member.any(1))
     member, n = member[inside], member.sum(0)
     codes, names = groups_of(data, groupby)
@@ -112,8 +120,8 @@ def gene_sets(
                 "set": list(sets),
                 "group": names[a],
                 "reference": "rest" if b < 0 else names[b],
-                "n_genes": n,
-                "n_unknown": [len(set(genes)) for genes in sets.values()] - n,
+                "n_genes": n.astype(int),
+                "n_unknown": [len(set(genes)) for genes in sets.values()] - n.astype(int),
                 "lfc_mean": of_set,
                 "lfc_sd": np.sqrt(variance),
                 "lfc_lower": t.ppf((1 - interval) / 2),
@@ -137,48 +145,75 @@ def _means(
     errors: list[Float[ndarray, "_ genes"]],
     member: Float[ndarray, "genes sets"],
 ) -> tuple[Float[ndarray, "sets"], Float[ndarray, "sets"]]:
-    """Return the estimate of each set's mean fold change, and the variance of its error.
+    """Return each set's mean fold change, and the variance of its error.
 
-    A gene's fold change t_g has the estimate e_g and the variance C_gg of its likelihood, and a normal
-    distribution of variance s^2 about the set's centre, s^2 the same in all sets (by moments, DerSimonian and
-    Laird). The best linear prediction of t_g is the centre plus b_g (e_g - centre), b = s^2 / (s^2 + C_gg).
+    The fold changes t_g of a set are normal about its centre, with the variance s^2. For each centre on the
+    grid, every gene has an evidence, and t_g a mean and a variance; the centre's own distribution is the
+    product of the evidences. Errors that go together widen it: to first order t_g is predicted by the centre
+    plus b_g (e_g - centre), b = s^2 / (s^2 + C_gg), which says how much of each error there is in the mean.
     """
+    n = member.sum(0)
     mass = curves / curves.sum(1, keepdims=True)
     e = mass @ LFC
     c = np.maximum(mass @ LFC**2 - e**2, 1e-12)
-    n = member.sum(0)
-
-    def centred(weight: Float[ndarray, "genes"]) -> tuple[ndarray, ndarray]:
-        """Return each set's weights, which sum to 1, and its centre."""
-        w = member * weight[:, None]
-        w /= w.sum(0)
-        return w, e @ w
-
-    w, centre = centred(1 / c)
-    squares = (member / c[:, None] * (e[:, None] - centre) ** 2).sum()
-    scale = (member / c[:, None]).sum() - ((member / c[:, None] ** 2).sum(0) / (1 / c @ member)).sum()
-    # (Errors that go together move the centre, and make genes differ from it by less.)
-    expected = n - 1 - _together(errors, member / np.sqrt(c)[:, None]) / (1 / c @ member)
-    s2 = max(0.0, squares - expected.sum()) / max(scale, 1e-300)
-    w, _ = centred(1 / (c + s2))
+    s2 = _spread(e, c, errors, member)
+    about = np.exp(-0.5 * (LFC - LFC[:, None]) ** 2 / s2)  # symmetric: (centre, t)
+    about /= about.sum(0)
+    evidence, first, second = (
+        np.maximum(curves * LFC**k @ about, 1e-300 if k == 0 else -np.inf) for k in range(3)
+    )
+    first, second = first / evidence, second / evidence
+    log = np.log(evidence).T @ member
+    centre = np.exp(log - log.max(0))
+    centre /= centre.sum(0)
+    given = first.T @ member / n  # (centres, sets): the mean if that is the centre
+    mean = (centre * given).sum(0)
+    within = (second - first**2).T @ member / n**2
+    own = (centre * (within + (given - mean) ** 2)).sum(0)
+    w = member / (c + s2)[:, None]
     b = s2 / (s2 + c)
-    # The prediction's weight of each e_g; its error is that of these, and of what they leave out of t_g.
-    part = w * (1 - b @ member / n) + member * b[:, None] / n
-    own = s2 * ((part - member / n) ** 2).sum(0) + c @ part**2
-    return e @ part, own + np.maximum(0, _together(errors, np.sqrt(c)[:, None] * part))
+    part = w / w.sum(0) * (1 - b @ member / n) + member * b[:, None] / n
+    return mean, own + np.maximum(0, _together(errors, np.sqrt(c)[:, None] * part))
 
 
-def _membership(sets: Mapping[str, Sequence[str]], genes: Sequence[str]) -> Float[ndarray, "genes sets"]:
+def _spread(
+    e: Float[ndarray, "genes"],
+    c: Float[ndarray, "genes"],
+    errors: list[Float[ndarray, "_ genes"]],
+    member: Float[ndarray, "genes sets"],
+) -> float:
+    """Return s^2, the variance of fold changes about the centre of their set, by moments.
+
+    Source: DerSimonian and Laird, 1986, of the genes whose fold change is known to within a half.
+    """
+    member = member * (c < _KNOWN)[:, None]
+    member = member[:, member.sum(0) > 1]
+    if not member.size:
+        return _LEAST
+    w = member / c[:, None]
+    total = w.sum(0)
+    squares = (w * (e[:, None] - e @ w / total) ** 2).sum()
+    # Errors that go together move the centre, and make genes differ from it by less.
+    expected = member.sum(0) - 1 - _together(errors, member / np.sqrt(c)[:, None]) / total
+    scale = total - (w**2).sum(0) / total
+    return max(_LEAST, (squares - expected.sum()) / scale.sum())
+
+
+def _membership(
+    sets: Mapping[str, Sequence[str]], genes: Sequence[str], present: ndarray
+) -> Float[ndarray, "genes sets"]:
     """Return 1 where a gene is in a set, else 0; raise where a set has none."""
-    if not sets or any(isinstance(named, str) for named in sets.values()):
-        msg = "sets has lists of genes' names by the name of their set"
+    if not sets or any(isinstance(named, str) or named is None for named in sets.values()):
+        msg = 'sets is a dict of lists of genes\' names, {"name of a set": ["gene", ...]}'
         raise ValueError(msg)
     known = pd.Index(genes)
-    member = np.stack([known.isin(list(named)) for named in sets.values()], 1).astype(float)
-    for name, n_found in zip(sets, member.sum(0), strict=True):
-        if not n_found:
-            msg = f"the fit knows no gene of the set {name!r}: are its genes named as in the data?"
-            raise ValueError(msg)
+    member = np.stack([known.isin(list(named)) & present for named in sets.values()], 1).astype(float)
+    if not member.any(0).all():
+        none = [name for name, n_found in zip(sets, member.sum(0), strict=True) if not n_found]
+        msg = (
+            f"the fit knows no gene of {', '.join(none)}: leave such sets out, or name genes as the data does"
+        )
+        raise ValueError(msg)
     return member
 
 

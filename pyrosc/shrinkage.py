@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from pyrosc.variation import Arm, between_replicates, dispersion, fitted_share, strata
+from pyrosc.variation import Arm, between_replicates, dispersion, strata
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
@@ -91,14 +91,15 @@ def likelihood(
         torch.cumsum(slope[:, 1:].add(slope[:, :-1]), 1, out=log[:, 1:])
         log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2)
     if found is not None:
-        nu = _freedom(xa + xb, fitted_share(xa, la, xb, lb), extra, between, error)
+        # (At no difference: what a call has to stand out from.)
+        nu = _freedom(x, la / np.maximum(la + lb, 1), extra, between, error)
         curves.mul_(-2 / nu).log1p_().mul_(-(nu + 1) / 2)
     return curves.clamp_(min=_LEAST).exp_().numpy()
 
 
 def _freedom(
     x: Float[ndarray, "strata genes"],
-    p: Float[ndarray, "strata genes"],
+    p: Float[ndarray, "strata 1"],
     extra: Float[ndarray, "strata genes"],
     between: Float[ndarray, "strata 1"],
     error: Float[ndarray, "genes"],

@@ -158,17 +158,24 @@ def between_replicates(
         return None
 
     def noise(tau2: float) -> ndarray:
-        excess_kurtosis = _excess_kurtosis(np.log1p(tau2))
-        of_parts = ((w * known, w * tau2 * factor) for w, _, known, factor in parts)
-        return sum((u + v + 2 * (u + v) ** 2 + excess_kurtosis * v**2).sum(0) for u, v in of_parts)
+        squares = []
+        for (w, _, known, factor), effects in zip(parts, (1, 1, 2), strict=True):  # a pair differs by two
+            v = known + tau2 * factor
+            squares.append(w * (v + 2 * v**2) + _tails(tau2) / effects * (w * tau2 * factor) ** 2)
+        return np.concatenate(squares).sum(0)
 
     return _drawn_together(excess, scale, noise)
 
 
-def _excess_kurtosis(log_variance: float) -> float:
-    """Fourth cumulant of a log-normal over its squared variance: its squares err by so much more."""
-    a = np.exp(log_variance)
-    return a**4 + 2 * a**3 + 3 * a**2 - 6
+def _tails(tau2: float) -> float:
+    """How much more a squared coefficient of variation, tau2, of a log-normal errs than a normal's.
+
+    Its variance over n is tau2^2 (2 + this) / n: this is the excess kurtosis, less 4 times skewness times
+    the coefficient of variation, plus 4 times its square, since the mean that divides it errs too. Of few
+    replicates it is too much: the variance is overstated by half with three on a side.
+    """
+    a = 1 + tau2
+    return a**4 + 2 * a**3 - a**2 - 2
 
 
 def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
@@ -223,7 +230,7 @@ def _drawn_together(
 ) -> tuple[Float[ndarray, "genes"], Float[ndarray, "genes"]]:
     """Return excess / scale, at least 0, drawn to the genes' mean as far as noise makes them differ.
 
-    The second is the variance of its error: 0 where nothing but noise makes genes differ.
+    The second is the variance of its error (DerSimonian and Laird's, of genes that are independent).
 
     Parameters
     ----------
@@ -246,5 +253,7 @@ def _drawn_together(
     )
     drawn, error = np.full_like(scale, mean), np.full_like(scale, spread)
     drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / (spread + of_raw))
-    error[known] = spread * of_raw / (spread + of_raw)
+    whole = spread + of_raw
+    # Of the gene's own value given the mean, and of the mean.
+    error[known] = spread * of_raw / whole + (of_raw / whole) ** 2 / (1 / whole).sum()
     return drawn, error

@@ -203,3 +203,38 @@ def test_a_level_without_both_groups_is_refused(small):
     kind = np.where(adata.obs.condition == "stim", "T", adata.obs.cell_type)
     with pytest.raises(ValueError, match="group 'stim, B' has 0 cells"):
         interaction(fit, adata, **QUESTION | {"by": kind})
+
+
+def test_what_the_types_of_a_donor_have_in_common_cancels():
+    """Three donors of either condition, whose effects both their types share."""
+    found, false, inside = 0, 0, []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        donor, kind = rng.integers(0, 6, 1200), rng.integers(0, 2, 1200)
+        stim = donor % 2
+        lfc = np.r_[np.ones(20), -np.ones(10), np.zeros(270)]
+        log = np.log(rng.gamma(0.6, 1.5, 300) + 0.5) + rng.normal(0, 0.3, (6, 300))[donor]
+        log = log + np.log(2) * lfc * (stim * kind)[:, None]
+        x = rng.poisson(rng.gamma(3, np.exp(log) / 3)).astype(np.float32)
+        obs = pd.DataFrame(
+            {
+                "condition": np.where(stim, "stim", "ctrl"),
+                "cell_type": np.where(kind, "B", "T"),
+                "donor": [f"d{d}" for d in donor],
+            },
+            index=[f"c{i}" for i in range(1200)],
+        )
+        adata = ad.AnnData(sp.csr_matrix(x), obs=obs)
+        table = in_order(interaction(fit_of(adata), adata, **QUESTION, replicate_key="donor"), adata)
+        called = table.is_de.to_numpy()
+        found, false = found + called[:30].sum(), false + called[30:].sum()
+        inside.append(((table.lfc_lower <= lfc) & (lfc <= table.lfc_upper))[:30])
+    assert found > 60  # of 90
+    assert false <= 0.1 * found
+    assert np.mean(inside) > 0.8
+
+
+def test_levels_are_named_once(small):
+    adata, fit = small
+    with pytest.raises(ValueError, match="each once"):
+        interaction(fit, adata, **QUESTION, level=["B", "B"])

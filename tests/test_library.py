@@ -73,7 +73,7 @@ def test_library_by_name(data):
 
 @pytest.mark.parametrize("hidden", [(), (8,)])
 def test_the_guide_of_the_library_starts_near_the_total(data, hidden):
-    _, encoder = library_of("latent", data, Covariates(), hidden, norm="batch", dropout=0.1)
+    _, encoder = library_of("latent", data, Covariates.for_data(data), hidden, norm="batch", dropout=0.1)
     q = encoder(cells_of(data))
     np.testing.assert_allclose(q.loc[:, 0].detach(), np.log(data.library[:6]), rtol=1e-6)
     torch.testing.assert_close(q.scale, torch.full((6, 1), 0.1), rtol=2e-3, atol=0)

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 from pyrosc import fit_svi, from_anndata, gene_sets
 from pyrosc.criticism import NoStructure
-from pyrosc.sets import _means, _together
+from pyrosc.sets import _means, _spread, _together
 from pyrosc.shrinkage import LFC
 
 SIZE = 20
@@ -73,16 +73,12 @@ def test_intervals_cover_the_mean_fold_change(kinds):
 def test_means_of_sets_are_best_linear_predictions():
     """Against the normal model written down whole: centre flat, t about it, e about t; errors independent."""
     rng = np.random.default_rng(0)
-    c = np.array([0.01, 0.04, 1.0, 0.02, 0.3, 0.05])
-    e = rng.normal(0, 1, 6)
+    c = np.array([0.01, 0.04, 0.2, 0.02, 0.1, 0.05])
+    e = rng.normal(0, 0.6, 6)
     curves = np.exp(-0.5 * (LFC - e[:, None]) ** 2 / c[:, None])
     member = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]).T.astype(float)
     found, variance = _means(curves, [np.eye(6)], member)
-    w = 1 / c[:, None] * member
-    centre = e @ w / w.sum(0)
-    q = (w * (e[:, None] - centre) ** 2).sum() - 4
-    s2 = q / (w.sum() - ((w**2).sum(0) / w.sum(0)).sum())
-    assert s2 > 0
+    s2 = _spread(e, c, [np.eye(6)], member)
     for i, rows in enumerate((slice(0, 3), slice(3, 6))):
         # Precision of (centre, t), and what e adds to it.
         precision = np.zeros((4, 4))
@@ -90,8 +86,8 @@ def test_means_of_sets_are_best_linear_predictions():
         precision[1:, 1:] = np.diag(1 / s2 + 1 / c[rows])
         covariance = np.linalg.inv(precision)
         mean = covariance @ np.r_[0, e[rows] / c[rows]]
-        np.testing.assert_allclose(found[i], mean[1:].mean(), rtol=1e-4)
-        np.testing.assert_allclose(variance[i], covariance[1:, 1:].mean(), rtol=1e-4)
+        np.testing.assert_allclose(found[i], mean[1:].mean(), rtol=1e-3)
+        np.testing.assert_allclose(variance[i], covariance[1:, 1:].mean(), rtol=1e-3)
 
 
 def test_errors_that_go_together_are_summed_over_pairs():
@@ -104,6 +100,36 @@ def test_errors_that_go_together_are_summed_over_pairs():
     np.fill_diagonal(correlation, 0)
     want = [w @ correlation @ w for w in weights.T]
     np.testing.assert_allclose(_together([items[:20], items[20:]], weights), want, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "mean"), [((30, 1000), 0.003), ((40, 1000), 0.02), ((50, 50), 0.04)])
+def test_rare_genes_in_a_small_group_do_not_err_to_one_side(n, mean):
+    """Where most genes have no count on the smaller side, each by itself seems to have fallen."""
+    side = np.repeat([1, 0], n)
+    z, calls = [], 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        x = rng.poisson(np.r_[np.full(150, mean), np.full(50, 2.0)], (sum(n), 200)).astype(np.float32)
+        obs = pd.DataFrame({"side": side.astype(str), "batch": "b"}, index=[f"c{i}" for i in range(sum(n))])
+        adata = ad.AnnData(sp.csr_matrix(x), obs=obs)
+        table = ask(adata, {"rare": [str(i) for i in range(150)], "few": [str(i) for i in range(20)]})[1]
+        z.extend(table.lfc_mean / table.lfc_sd)
+        calls += table.is_de.sum()
+    assert calls <= 1
+    assert abs(np.mean(z)) < 0.8
+    assert np.std(z) < 1.5
+
+
+def test_silent_genes_say_nothing_however_many_they_are():
+    adata, sets, _ = simulated(0, n_sets=3)
+    x = adata.X.toarray()
+    x[:, :40] = 0
+    adata.X = sp.csr_matrix(x)
+    _, table = ask(adata, {"silent": [*sets["set 0"], *sets["set 1"]], "other": sets["set 2"]})
+    table = table.set_index("set")
+    assert table.lfc_sd["silent"] > 4
+    assert not table.is_de["silent"]
+    assert table.lfc_sd["other"] < 0.2
 
 
 @pytest.mark.slow
@@ -131,9 +157,9 @@ def test_unknown_genes_are_counted_and_sets_are_ordered_by_evidence():
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        ({}, "lists of genes"),
-        ({"a": "g1"}, "lists of genes"),
-        ({"a": ["g1"], "b": ["G2"]}, "no gene of the set 'b'"),
+        ({}, "dict of lists"),
+        ({"a": "g1"}, "dict of lists"),
+        ({"a": ["g1"], "b": ["G2"], "c": []}, "no gene of b, c: leave"),
     ],
 )
 def test_sets_that_are_none_are_refused(sets, says):
