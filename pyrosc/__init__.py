@@ -16,6 +16,7 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.differential import compare, differential_expression
 from pyrosc.evidence import LogLikelihood, elbo, log_likelihood
+from pyrosc.imputation import Imputation, impute, impute_proteins
 from pyrosc.interactions import interaction
 from pyrosc.models import (
     DCA,
@@ -33,14 +34,7 @@ from pyrosc.models import (
     GaussianVAE,
 )
 from pyrosc.persist import load
-from pyrosc.posterior import (
-    Imputation,
-    dropout_probability,
-    impute,
-    impute_proteins,
-    latent,
-    posterior_predictive,
-)
+from pyrosc.posterior import dropout_probability, latent, posterior_predictive
 from pyrosc.query import fit_query
 from pyrosc.ranking import to_scanpy
 from pyrosc.reading import from_anndata

@@ -22,8 +22,9 @@ from pyrosc.counts import Counts
 from pyrosc.criticism import baseline
 from pyrosc.differential import differential_expression
 from pyrosc.evidence import LogLikelihood, log_likelihood
+from pyrosc.imputation import Imputation, impute
 from pyrosc.models import VAE
-from pyrosc.posterior import Imputation, impute, latent
+from pyrosc.posterior import latent
 from pyrosc.reading import from_anndata
 from pyrosc.svi import Fit, fit_svi
 

@@ -36,7 +36,7 @@ LAYERS = [
     {"svi"},
     {"persist"},
     {"asking"},
-    {"posterior", "evidence", "states"},
+    {"posterior", "imputation", "evidence", "states"},
     {"variation", "query"},
     {"shrinkage", "groups"},
     {"differential", "criticism", "ranking"},
