@@ -33,6 +33,7 @@ from pyrosc.models import (
     AutoZI,
     GaussianVAE,
 )
+from pyrosc.multiple import multiple_imputation
 from pyrosc.persist import load
 from pyrosc.posterior import dropout_probability, latent, posterior_predictive
 from pyrosc.query import fit_query
@@ -83,6 +84,7 @@ __all__ = [
     "load",
     "loadings",
     "log_likelihood",
+    "multiple_imputation",
     "null_calibration",
     "posterior_predictive",
     "predict",

@@ -172,8 +172,8 @@ def _repeated(program: Any, n_draws: int, dim: int) -> Any:
     return repeated
 
 
-def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
-    """Return a site's value with all its axes; of an observed site, a draw."""
+def site_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Any:
+    """Return a site of the model, or else of the guide; raise if neither has it."""
     trace = modelled if name in modelled.nodes else guided
     if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
         known = sorted(
@@ -181,7 +181,12 @@ def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tenso
         )
         msg = f"no site {name!r}; the programs have {known}"
         raise KeyError(msg)
-    site = trace.nodes[name]
+    return trace.nodes[name]
+
+
+def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
+    """Return a site's value with all its axes; of an observed site, a draw."""
+    site = site_of(modelled, guided, name)
     drawn = site["is_observed"] and not site["infer"].get("_deterministic")
     value = site["fn"].sample() if drawn else site["value"]
     return cells_second(value.expand(site["fn"].batch_shape + site["fn"].event_shape), site)

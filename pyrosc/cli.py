@@ -213,7 +213,7 @@ def _annotated(
     z = latent(fit, data)
     adata.obsm["X_vae"] = z
     adata.obsm["X_vae_tsne"] = plots.layout(z, seed=seed)
-    adata.layers["imputed"] = imputation.mean
+    imputation.to_layer(adata, "imputed")
     adata.obs["cluster"] = _named(_clusters(z, len(data.schema.labels), seed), adata.obs[LABELS])
     adata.obs["held_out"] = np.isin(np.arange(len(adata)), test)
     return adata

@@ -4,7 +4,6 @@ Site names are known here, models are not. Each summarises the stream of :func:`
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import anndata
 import numpy as np
@@ -26,7 +25,7 @@ from pyrosc.asking import (
     seed_of,
 )
 from pyrosc.counts import Counts
-from pyrosc.distributions import ZeroInflated
+from pyrosc.rates import zero_inflated
 from pyrosc.svi import Fit
 
 
@@ -144,19 +143,11 @@ def dropout_probability(
     for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
         with fit.asking(seed_of(seed, i)):
             _, modelled = run(fit, cells, n_draws, [None], parallel=parallel)
-            mean = torch.stack([_dropout(trace[0].nodes[site]["fn"]).mean(0) for trace in modelled]).mean(0)
+            counts = [zero_inflated(innermost(trace[0].nodes[site]["fn"])) for trace in modelled]
+            mean = torch.stack([x.dropout_probability().mean(0) for x in counts]).mean(0)
         zero = torch.where(cells.x == 0, mean, 0.0).where(present, torch.nan)
         parts.append(zero[:, columns].cpu().numpy())
     return np.concatenate(parts)
-
-
-def _dropout(counts: Any) -> Tensor:
-    """Return P(dropout given a zero), (draws, cells, genes)."""
-    counts = innermost(counts)
-    if not isinstance(counts, ZeroInflated):
-        msg = f'{type(counts).__name__} has no dropouts: fit a model with likelihood="zinb" or "zip"'
-        raise TypeError(msg)
-    return counts.dropout_probability()
 
 
 def _mean(trace: poutine.Trace, name: str) -> Tensor:
