@@ -16,6 +16,7 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.differential import compare, differential_expression
 from pyrosc.evidence import LogLikelihood, elbo, log_likelihood
+from pyrosc.imputation import Imputation, impute, impute_proteins
 from pyrosc.interactions import interaction
 from pyrosc.models import (
     DCA,
@@ -32,15 +33,9 @@ from pyrosc.models import (
     AutoZI,
     GaussianVAE,
 )
+from pyrosc.multiple import multiple_imputation
 from pyrosc.persist import load
-from pyrosc.posterior import (
-    Imputation,
-    dropout_probability,
-    impute,
-    impute_proteins,
-    latent,
-    posterior_predictive,
-)
+from pyrosc.posterior import dropout_probability, latent, posterior_predictive
 from pyrosc.query import fit_query
 from pyrosc.ranking import to_scanpy
 from pyrosc.reading import from_anndata
@@ -91,6 +86,7 @@ __all__ = [
     "load",
     "loadings",
     "log_likelihood",
+    "multiple_imputation",
     "null_calibration",
     "posterior_predictive",
     "predict",

@@ -3,9 +3,9 @@
 One primitive, :func:`draws`. Nothing of the size draws x cells x genes is held for more than a minibatch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import anndata
 import numpy as np
@@ -25,6 +25,8 @@ from pyrosc.svi import Fit
 
 ELEMENTS = 2**23
 """Draws x cells x genes that are decoded at a time."""
+
+Answer = TypeVar("Answer")
 
 
 def draws(
@@ -95,21 +97,42 @@ def stream(
 
     With `library`, site ``"l"`` too where there is one.
     """
+
+    def read(
+        cells: Cells, guided: list[poutine.Trace], modelled: list[list[poutine.Trace]]
+    ) -> tuple[Cells, dict[str, Tensor]]:
+        names = (*sites, "l") if library and "l" in modelled[0][0].nodes else sites
+        drawn = {}
+        for name in names:
+            runs = [[value_of(m, q, name) for m in p] for p, q in zip(modelled, guided, strict=True)]
+            by_batch = [part[0] if len(part) == 1 else torch.cat(part) for part in zip(*runs, strict=True)]
+            drawn[name] = by_batch[0][None] if len(codes) == 1 else torch.stack(by_batch)
+        return cells, drawn
+
+    return answers(fit, data, n_draws, codes, read, parallel=parallel, seed=seed)
+
+
+def answers(
+    fit: Fit,
+    data: Counts,
+    n_draws: int,
+    codes: Sequence[int | None],
+    read: Callable[[Cells, list[poutine.Trace], list[list[poutine.Trace]]], Answer],
+    *,
+    parallel: bool,
+    seed: int,
+) -> Iterator[Answer]:
+    """Yield what `read` makes of each minibatch and of the runs of guide and model on it (see :func:`run`).
+
+    It reads with the fit's random numbers.
+    """
     for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws * len(codes)))):
         with fit.asking(seed_of(seed, i)):
             guided, modelled = run(fit, cells, n_draws, codes, parallel=parallel)
             _check_guided(guided[0], modelled[0][0])
-            if library and i == 0 and "l" in modelled[0][0].nodes:
-                sites = (*sites, "l")
-            drawn = {}
-            for name in sites:
-                runs = [[value_of(m, q, name) for m in p] for p, q in zip(modelled, guided, strict=True)]
-                by_batch = [
-                    part[0] if len(part) == 1 else torch.cat(part) for part in zip(*runs, strict=True)
-                ]
-                drawn[name] = by_batch[0][None] if len(codes) == 1 else torch.stack(by_batch)
+            answer = read(cells, guided, modelled)
         # The consumer runs outside of the fit's context: two fits may be asked in turns.
-        yield cells, drawn
+        yield answer
 
 
 def _check_guided(guided: poutine.Trace, modelled: poutine.Trace) -> None:
@@ -149,8 +172,8 @@ def _repeated(program: Any, n_draws: int, dim: int) -> Any:
     return repeated
 
 
-def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
-    """Return a site's value with all its axes; of an observed site, a draw."""
+def site_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Any:
+    """Return a site of the model, or else of the guide; raise if neither has it."""
     trace = modelled if name in modelled.nodes else guided
     if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
         known = sorted(
@@ -158,7 +181,12 @@ def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tenso
         )
         msg = f"no site {name!r}; the programs have {known}"
         raise KeyError(msg)
-    site = trace.nodes[name]
+    return trace.nodes[name]
+
+
+def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
+    """Return a site's value with all its axes; of an observed site, a draw."""
+    site = site_of(modelled, guided, name)
     drawn = site["is_observed"] and not site["infer"].get("_deterministic")
     value = site["fn"].sample() if drawn else site["value"]
     return cells_second(value.expand(site["fn"].batch_shape + site["fn"].event_shape), site)
@@ -256,3 +284,25 @@ def batch_code(fit: Fit, batch: str | int | None) -> int | None:
         msg = f"no batch {batch!r}; the fit knows {', '.join(fit.schema.batches)}"
         raise ValueError(msg)
     return None if batch is None else fit.schema.batches.index(batch)
+
+
+def batch_codes(fit: Fit, batch: str | int | None) -> list[int | None]:
+    """Return the codes of the batches to decode in; ``"average"`` is all."""
+    return list(range(len(fit.schema.batches))) if batch == "average" else [batch_code(fit, batch)]
+
+
+def columns_of(fit: Fit, data: Counts | anndata.AnnData, genes: Sequence[str] | None) -> np.ndarray:
+    """Return where the genes asked for stand in the fit; by default its genes, in the order of the data."""
+    places = {name: i for i, name in enumerate(fit.schema.genes)}
+    if genes is None:
+        have = map(str, data.var_names) if isinstance(data, anndata.AnnData) else data.schema.genes
+        return np.array([places[name] for name in have if name in places])
+    genes = [genes] if isinstance(genes, str) else [str(name) for name in genes]
+    if not genes:
+        msg = "genes is empty: name at least one, or leave it out for all"
+        raise ValueError(msg)
+    unknown = [name for name in genes if name not in places]
+    if unknown:
+        msg = f"the fit has no gene {', '.join(unknown[:5])}"
+        raise ValueError(msg)
+    return np.array([places[name] for name in genes])

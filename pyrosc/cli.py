@@ -22,8 +22,9 @@ from pyrosc.counts import Counts
 from pyrosc.criticism import baseline
 from pyrosc.differential import differential_expression
 from pyrosc.evidence import LogLikelihood, log_likelihood
+from pyrosc.imputation import Imputation, impute
 from pyrosc.models import VAE
-from pyrosc.posterior import Imputation, impute, latent
+from pyrosc.posterior import latent
 from pyrosc.reading import from_anndata
 from pyrosc.svi import Fit, fit_svi
 
@@ -212,7 +213,7 @@ def _annotated(
     z = latent(fit, data)
     adata.obsm["X_vae"] = z
     adata.obsm["X_vae_tsne"] = plots.layout(z, seed=seed)
-    adata.layers["imputed"] = imputation.mean
+    imputation.to_layer(adata, "imputed")
     adata.obs["cluster"] = _named(_clusters(z, len(data.schema.labels), seed), adata.obs[LABELS])
     adata.obs["held_out"] = np.isin(np.arange(len(adata)), test)
     return adata

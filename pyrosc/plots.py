@@ -22,7 +22,7 @@ from sklearn.manifold import TSNE
 
 from pyrosc.calibration import NullCalibration
 from pyrosc.counts import Counts
-from pyrosc.posterior import Imputation
+from pyrosc.imputation import Imputation
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 

@@ -17,6 +17,9 @@ from pyrosc.counts import Counts, Schema, check_cells, check_names, columns, pla
 MAX_COUNT = 2**24
 """The largest count that float32 holds exactly together with all smaller ones."""
 
+IMPUTED = "pyrosc_imputed"
+"""Entry of ``uns`` that says of each imputed layer, or ``X``, what it is."""
+
 
 def from_anndata(
     adata: anndata.AnnData,
@@ -57,14 +60,23 @@ def from_anndata(
         If a layer, a column or an entry of ``obsm`` is missing.
     ValueError
         If the data is empty, or has values that are not whole, negative, not finite or over 2^24, a cell
-        without counts, genes or proteins of the same name, or a missing value in a batch or covariate.
+        without counts, genes or proteins of the same name, or a missing value in a batch or covariate; or if
+        the values are imputed (see :meth:`Imputation.to_layer`).
     TypeError
         If the counts are of a kind that can't be read.
     """
     if layer is not None and layer not in adata.layers:
         msg = f"no layer {layer!r}; this AnnData has {list(adata.layers)}"
         raise KeyError(msg)
-    x = _checked(adata.X if layer is None else adata.layers[layer], where="X" if layer is None else layer)
+    where = "X" if layer is None else layer
+    if note := adata.uns.get(IMPUTED, {}).get(where):
+        msg = (
+            f"{where} has imputed values ({note}), which are no counts: fit and test the raw counts, and for "
+            "what lies behind them ask the fit, whose posterior knows how sure it is. If counts are there "
+            f"now, delete uns[{IMPUTED!r}][{where!r}]"
+        )
+        raise ValueError(msg)
+    x = _checked(adata.X if layer is None else adata.layers[layer], where)
     check_names(adata.var_names)
     check_cells(x, adata.obs_names)
     obs = adata.obs

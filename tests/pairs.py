@@ -201,3 +201,30 @@ def global_model(n_genes):
             pyro.sample("x", dist.Poisson(cells.library.clamp_min(1) * rho).to_event(1), obs=cells.x)
 
     return model
+
+
+class Watching(nn.Module):
+    """Records the batches that the guide and the model see; rho depends on the batch only."""
+
+    def __init__(self, n_genes):
+        super().__init__()
+        self.n_genes, self.seen = n_genes, []
+
+    def watch(self, who, cells):
+        if len(cells) > 1:  # not the trial run on one cell
+            self.seen.append((who, cells.batch.tolist()))
+
+    def model(self, cells):
+        self.watch("model", cells)
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            zero = cells.x.new_zeros(len(cells), 1)
+            z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))
+            logits = (cells.batch[:, None] + 0.1 * z) * torch.linspace(-1, 1, self.n_genes)
+            rho = pyro.deterministic("rho", torch.softmax(logits, -1), event_dim=1)
+            pyro.sample("x", dist.Poisson(cells.library * rho).to_event(1), obs=cells.x)
+
+    def guide(self, cells):
+        self.watch("guide", cells)
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            at = cells.batch[:, None].float()
+            pyro.sample("z", dist.Normal(at, 0.1).to_event(1))

@@ -1,0 +1,210 @@
+r"""Rates: what a count says of its own mean, by conjugacy.
+
+A negative binomial count is a Poisson whose rate is the decoder's mean times a factor of this very cell::
+
+    x ~ Poisson(w),    w = mu u,    u ~ Gamma(theta, theta)
+
+With u summed out x is NB(mu, theta); given x the factor is Gamma(theta + x, theta + mu), so that w is
+Gamma(theta + x, theta / mu + 1). The factor of a Poisson is 1. A count that says nothing of its rate, one
+that dropped out or was not measured, leaves the factor as it was.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Bool, Float, Int
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrosc.asking import Answer, answers, batch_codes, cells_second, innermost, site_of, value_of
+from pyrosc.cells import Cells
+from pyrosc.counts import Counts
+from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated
+from pyrosc.svi import Fit
+
+Site = dict[str, Any]
+"""A site of a trace."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rates:
+    """Counts, and the rates that may lie behind them.
+
+    Attributes
+    ----------
+    likelihood
+        The distribution of the counts.
+    x : Tensor of shape (draws, cells, genes)
+        Counts.
+    mean : Tensor of shape (draws, cells, genes)
+        mu, in counts, before dropout.
+    inverse_dispersion : Tensor of shape (draws, cells, genes), or None
+        theta; None of a Poisson.
+    hidden : Tensor of shape (draws, cells, genes)
+        Probability that the count says nothing of its rate: of a zero, that it is a dropout; 1 of a gene that
+        was not measured.
+    """
+
+    likelihood: Any
+    x: Float[Tensor, "draws cells genes"]
+    mean: Float[Tensor, "draws cells genes"]
+    inverse_dispersion: Float[Tensor, "draws cells genes"] | None
+    hidden: Float[Tensor, "draws cells genes"]
+
+    def expected_factor(self) -> Float[Tensor, "draws cells genes"]:
+        """Return the mean of u = w / mu given the count: 1, where that says nothing."""
+        theta = self.inverse_dispersion
+        if theta is None:
+            return torch.ones_like(self.mean)
+        return torch.lerp((theta + self.x) / (theta + self.mean), torch.ones_like(self.mean), self.hidden)
+
+    def draw_factor(self) -> Float[Tensor, "draws cells genes"]:
+        """Draw u given the count."""
+        seen = 1 - torch.bernoulli(self.hidden)
+        return self._gamma(seen * self.x, seen * self.mean)
+
+    def expected_count(self) -> Float[Tensor, "draws cells genes"]:
+        """Return the mean of the count before dropout: as observed, or the mean count where it is hidden."""
+        return torch.lerp(self.x, self.mean, self.hidden)
+
+    def draw_count(self) -> Float[Tensor, "draws cells genes"]:
+        """Draw the count before dropout."""
+        anew = torch.poisson(self.mean * self._gamma(torch.zeros_like(self.x), torch.zeros_like(self.mean)))
+        return torch.where(torch.bernoulli(self.hidden) > 0, anew, self.x)
+
+    def _gamma(self, counted: Tensor, expected: Tensor) -> Tensor:
+        """Draw from Gamma(theta + counted, theta + expected)."""
+        theta = self.inverse_dispersion
+        if theta is None:
+            return torch.ones_like(self.mean)
+        return torch._standard_gamma(theta + counted) / (theta + expected)
+
+
+def rate_answers(
+    fit: Fit,
+    data: Counts,
+    use: Callable[[Rates, Tensor], Answer],
+    columns: Tensor,
+    *,
+    library: float | None,
+    batch: str | int | None,
+    n_draws: int,
+    site: str,
+    parallel: bool,
+    seed: int,
+) -> Iterator[Answer]:
+    """Yield what `use` makes of the rates of each minibatch of cells, and of the mean counts asked for.
+
+    Parameters
+    ----------
+    fit, data, n_draws, parallel, seed
+        See :func:`~pyrosc.draws`.
+    use
+        Takes the rates, as the cells were measured, and mu in the batch and at the library size asked for,
+        (draws, cells, columns). It runs with the fit's random numbers.
+    columns : Tensor of shape (columns,)
+        The genes wanted.
+    library
+        Library size, in counts; by default the cell's own.
+    batch
+        Name of a batch, or ``"average"``; by default the cell's own.
+    site
+        Name of the site of counts.
+    """
+    codes = [None] if batch is None else [None, *batch_codes(fit, batch)]
+    present = torch.as_tensor(fit.schema.present, device=fit.device)
+
+    def read(cells: Cells, guided: list[Trace], modelled: list[list[Trace]]) -> Answer:
+        def means(there: Sequence[Trace]) -> Tensor:
+            """Return the mean counts in a batch, at the library size asked for, (draws, cells, genes)."""
+            runs = [*zip(there, guided, strict=True)]
+            mean = _means_of([site_of(*run, site) for run in runs], columns)
+            return mean if library is None else mean * library / torch.cat([_l(*run, cells) for run in runs])
+
+        own, *others = zip(*modelled, strict=True)
+        rates = _rates_of([site_of(*run, site) for run in zip(own, guided, strict=True)], columns, present)
+        there = [means(traces) for traces in others or [own]]
+        return use(rates, torch.stack(there).mean(0))
+
+    return answers(fit, data, n_draws, codes, read, parallel=parallel, seed=seed)
+
+
+def _l(modelled: Trace, guided: Trace, cells: Cells) -> Tensor:
+    """Return the library size, (draws, cells, 1): site "l", else the observed total."""
+    if "l" not in modelled.nodes:
+        return cells.library[None]
+    l = value_of(modelled, guided, "l")
+    return l if l.ndim == 3 else l[..., None]
+
+
+def _rates_of(sites: Sequence[Site], columns: Int[Tensor, "n"], present: Bool[Tensor, "genes"]) -> Rates:
+    """Return the rates behind the counts of a site, of all runs of the model together."""
+    bases = [_base(innermost(site["fn"])) for site in sites]
+    means, dispersions = zip(*map(_mean_and_inverse_dispersion, bases), strict=True)
+    x = _cellwise(sites, [site["value"] for site in sites], columns)
+    dropout = _cellwise(sites, [_dropout(innermost(site["fn"])) for site in sites], columns)
+    return Rates(
+        likelihood=innermost(sites[0]["fn"]),
+        x=x,
+        mean=_cellwise(sites, means, columns),
+        inverse_dispersion=None if dispersions[0] is None else _cellwise(sites, dispersions, columns),
+        hidden=dropout.where(x == 0, 0.0).masked_fill(~present[columns], 1.0),
+    )
+
+
+def _means_of(sites: Sequence[Site], columns: Int[Tensor, "n"]) -> Float[Tensor, "draws cells n"]:
+    """Return the mean counts before dropout of a site, of all runs of the model together."""
+    means = [_mean_and_inverse_dispersion(_base(innermost(site["fn"])))[0] for site in sites]
+    return _cellwise(sites, means, columns)
+
+
+def zero_inflated(counts: Any) -> ZeroInflated:
+    """Return the distribution if it is zero-inflated.
+
+    Raises
+    ------
+    TypeError
+        If it is another one.
+    """
+    if not isinstance(counts, ZeroInflated):
+        msg = f'{type(counts).__name__} has no dropouts: fit a model with likelihood="zinb" or "zip"'
+        raise TypeError(msg)
+    return counts
+
+
+def _base(counts: Any) -> Any:
+    """Return the distribution of the counts that did not drop out."""
+    return counts.base if isinstance(counts, ZeroInflated) else counts
+
+
+def _dropout(counts: Any) -> Tensor:
+    """Return P(dropout given a zero)."""
+    return counts.dropout_probability() if isinstance(counts, ZeroInflated) else counts.mean.new_zeros(())
+
+
+def _mean_and_inverse_dispersion(counts: Any) -> tuple[Tensor, Tensor | None]:
+    """Return mu and theta, which is None of a Poisson."""
+    if isinstance(counts, Poisson | dist.Poisson):
+        return counts.mean, None
+    if isinstance(counts, NegativeBinomial):
+        return counts.mean, counts.inverse_dispersion
+    if isinstance(counts, dist.GammaPoisson):
+        return counts.mean, counts.concentration
+    if isinstance(counts, dist.NegativeBinomial):
+        return counts.mean, counts.total_count
+    msg = (
+        f"the rates behind counts are known where these are Poisson or negative binomial, not of "
+        f'{type(counts).__name__}: fit a model with likelihood="nb", "zinb", "poisson" or "zip", or ask for '
+        'shares with impute(..., what="share")'
+    )
+    raise TypeError(msg)
+
+
+def _cellwise(sites: Sequence[Site], values: Sequence[Any], columns: Tensor) -> Tensor:
+    """Return columns of what each site has of every entry, (draws, cells, columns)."""
+    shapes = [site["fn"].batch_shape + site["fn"].event_shape for site in sites]
+    parts = zip(values, shapes, sites, strict=True)
+    return torch.cat([cells_second(value.expand(shape), site)[..., columns] for value, shape, site in parts])
