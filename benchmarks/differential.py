@@ -158,7 +158,9 @@ def answer(adata: ad.AnnData, python: Path, script: str, job: dict) -> pd.DataFr
         adata.write_h5ad(folder / "cells.h5ad")
         (folder / "job.json").write_text(json.dumps(job))
         subprocess.run([python, PEERS / script, folder], check=True, stdout=subprocess.DEVNULL)
-        return pd.read_csv(folder / "answer.csv", index_col=0).loc[adata.var_names]
+        table = pd.read_csv(folder / "answer.csv", index_col=0)
+    table.index = table.index.astype(str)
+    return table.loc[adata.var_names]
 
 
 def result(lfc, expected, rank, lower=None, upper=None) -> pd.DataFrame:

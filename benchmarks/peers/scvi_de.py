@@ -27,7 +27,12 @@ def main(folder: Path) -> None:
     model = scvi.model.SCVI(adata)
     model.train(enable_progress_bar=False, logger=False, **job["fit"])
     table = model.differential_expression(
-        groupby="side", group1="1", group2="0", delta=job["delta"], batch_correction=batches
+        groupby="side",
+        group1="1",
+        group2="0",
+        mode="change",
+        delta=job["delta"],
+        batch_correction=batches,
     )
     table = table.sort_values("proba_not_de")
     table["expected_fdr"] = table.proba_not_de.cumsum() / np.arange(1, len(table) + 1)
