@@ -265,14 +265,14 @@ class Encoder(nn.Module):
             self.body, self.moments = CellsLinear(n_genes, 2 * n_out, covariates), nn.Identity()
 
     def start_at(self, loc: float, scale: float) -> None:
-        """Set the last layer so that q starts as Normal(loc, scale), whatever the counts."""
+        """Set the last layer so that q starts near Normal(loc, scale), whatever the counts."""
         last: Any = self.moments
         with torch.no_grad():
             if isinstance(self.body, CellsLinear):
                 last = self.body.counts
                 if self.body.shift is not None:
-                    self.body.shift.weight.zero_()
-            last.weight.zero_()
+                    self.body.shift.weight.mul_(0.01)
+            last.weight.mul_(0.01)  # at 0 no gradient would reach the layers before
             loc_offset, log_variance_offset = last.bias.chunk(2)
             loc_offset.fill_(loc)
             log_variance_offset.fill_(2 * math.log(scale))

@@ -75,5 +75,5 @@ def test_library_by_name(data):
 def test_the_guide_of_the_library_starts_near_the_total(data, hidden):
     _, encoder = library_of("latent", data, Covariates.for_data(data), hidden, norm="batch", dropout=0.1)
     q = encoder(cells_of(data))
-    np.testing.assert_allclose(q.loc[:, 0].detach(), np.log(data.library[:6]), rtol=1e-6)
-    torch.testing.assert_close(q.scale, torch.full((6, 1), 0.1), rtol=2e-3, atol=0)
+    np.testing.assert_allclose(q.loc[:, 0].detach(), np.log(data.library[:6]), atol=0.05)
+    torch.testing.assert_close(q.scale, torch.full((6, 1), 0.1), rtol=0.05, atol=0)
