@@ -45,8 +45,8 @@ def gene_sets(
     genes have a centre in common and differ from it by a variance that all sets share, so that a rare gene,
     of which little is known, is taken to be like the others. Genes of a set go together, and so do the errors
     of their fold changes: their covariance has the correlations of the cells' (or the replicates') residuals.
-    T has no prior: that of the genes, under which they have
-    nothing in common, would draw all of a set to 0 together, and sets are too few to learn one from.
+    T has no prior: that of the genes, under which they have nothing in common, would draw all of a set to 0
+    together, and sets are too few to learn one from.
 
     Parameters
     ----------
@@ -85,10 +85,7 @@ def gene_sets(
     check_numbers(delta, fdr, interval)
     batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
-    sets = {
-        name: genes if isinstance(genes, str) or genes is None else list(genes)
-        for name, genes in sets.items()
-    }
+    sets = _listed(sets)
     member = _membership(sets, fit.schema.genes, fit.schema.present)
     inside = np.flatnonzero(member.any(1))
     member, n = member[inside], member.sum(0)
@@ -159,10 +156,8 @@ def _means(
     s2 = _spread(e, c, errors, member)
     about = np.exp(-0.5 * (LFC - LFC[:, None]) ** 2 / s2)  # symmetric: (centre, t)
     about /= about.sum(0)
-    evidence, first, second = (
-        np.maximum(curves * LFC**k @ about, 1e-300 if k == 0 else -np.inf) for k in range(3)
-    )
-    first, second = first / evidence, second / evidence
+    evidence = np.maximum(curves @ about, 1e-300)
+    first, second = ((curves * LFC**k) @ about / evidence for k in (1, 2))
     log = np.log(evidence).T @ member
     centre = np.exp(log - log.max(0))
     centre /= centre.sum(0)
@@ -199,15 +194,20 @@ def _spread(
     return max(_LEAST, (squares - expected.sum()) / scale.sum())
 
 
-def _membership(
-    sets: Mapping[str, Sequence[str]], genes: Sequence[str], present: ndarray
-) -> Float[ndarray, "genes sets"]:
-    """Return 1 where a gene is in a set, else 0; raise where a set has none."""
-    if not sets or any(isinstance(named, str) or named is None for named in sets.values()):
+def _listed(sets: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the sets with their genes as lists; raise where they are none."""
+    if not sets or any(isinstance(genes, str) or genes is None for genes in sets.values()):
         msg = 'sets is a dict of lists of genes\' names, {"name of a set": ["gene", ...]}'
         raise ValueError(msg)
+    return {name: list(genes) for name, genes in sets.items()}
+
+
+def _membership(
+    sets: Mapping[str, list[str]], genes: Sequence[str], present: ndarray
+) -> Float[ndarray, "genes sets"]:
+    """Return 1 where a gene is in a set, else 0; raise where a set has none."""
     known = pd.Index(genes)
-    member = np.stack([known.isin(list(named)) & present for named in sets.values()], 1).astype(float)
+    member = np.stack([known.isin(named) & present for named in sets.values()], 1).astype(float)
     if not member.any(0).all():
         none = [name for name, n_found in zip(sets, member.sum(0), strict=True) if not n_found]
         msg = (
@@ -236,6 +236,15 @@ def _together(
     return sum(((block @ scaled) ** 2).sum(0) for block in errors) - (weights**2).sum(0)
 
 
+def _pooled(
+    a: Arm, b: Arm, stratum: Int[ndarray, "units"], genes: Int[ndarray, "some"]
+) -> tuple[tuple[ndarray, ndarray], tuple[ndarray, ndarray], ndarray]:
+    """Return counts and totals of each stratum on either side, and what part of the counts is a's."""
+    pool = strata(stratum)
+    (xa, la), (xb, lb) = ((pool @ arm.x[:, genes], (pool @ arm.l)[:, None]) for arm in (a, b))
+    return (xa, la), (xb, lb), fitted_share(xa, la, xb, lb)
+
+
 def _of_cells(
     data: Counts,
     side: Int[ndarray, "cells"],
@@ -246,9 +255,7 @@ def _of_cells(
     genes: Int[ndarray, "some"],
 ) -> list[Float[ndarray, "cells some"]]:
     """Return what each cell contributes to the score of a fold change: how far it is from its side's rate."""
-    pool = strata(stratum)
-    (xa, la), (xb, lb) = ((pool @ arm.x[:, genes], (pool @ arm.l)[:, None]) for arm in (a, b))
-    p = fitted_share(xa, la, xb, lb)
+    (xa, la), (xb, lb), p = _pooled(a, b, stratum, genes)
     rate = np.stack([xa / la, xb / lb], 1)
     weight = np.stack([1 - p, -p], 1)
     rows = np.flatnonzero((side >= 0) & (stratum_of_cell >= 0))
@@ -267,9 +274,7 @@ def _of_replicates(
 
     One with cells on both sides contributes how far its fold change is from the common one.
     """
-    pool = strata(stratum)
-    (xa, la), (xb, lb) = ((pool @ arm.x[:, genes], (pool @ arm.l)[:, None]) for arm in (a, b))
-    p = fitted_share(xa, la, xb, lb)
+    (xa, la), (xb, lb), p = _pooled(a, b, stratum, genes)
     paired = ((a.cells > 0) & (b.cells > 0))[np.unique(stratum, return_index=True)[1]]
     blocks, freedom = [(xa - (xa + xb) * p)[paired]], max(0, int(paired.sum()) - 1)
     for arm, x, l, weight in ((a, xa, la, 1 - p), (b, xb, lb, -p)):
