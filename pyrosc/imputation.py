@@ -1,24 +1,29 @@
 """Imputation: what cells express, as a Fit has it, and how sure that is."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from pyrosc.asking import asked, batch_codes, check_draws, columns_of, stream
 from pyrosc.counts import Counts
-from pyrosc.rates import Rates, rate_answers, zero_inflated
+from pyrosc.rates import Rates, Size, rate_answers, sizes_of
 from pyrosc.reading import IMPUTED
+from pyrosc.summaries import (
+    Summary,
+    of_draws,
+    of_logs,
+    of_logs_of_new_counts,
+    of_new_counts,
+    of_rates,
+    of_repaired,
+)
 from pyrosc.svi import Fit
-
-Drawn = tuple[Tensor, Tensor]
-"""Draws, (draws, cells, genes), and the mean that is made of them, (cells, genes)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +101,8 @@ def impute(
     data: Counts | anndata.AnnData,
     what: str = "share",
     *,
-    library: float | None = None,
+    library: Size | None = None,
+    depth: Size | None = None,
     batch: str | int | None = None,
     threshold: float | None = None,
     genes: Sequence[str] | None = None,
@@ -117,14 +123,21 @@ def impute(
         ``"count"``, the mean count at a library size, l rho (of a zero-inflated model: before dropout).
 
         What this very cell expresses, the decoder's opinion and the cell's own counts combined (see
-        :mod:`pyrosc.rates`): ``"rate"``, the mean w of the cell's own count, in counts; or ``"log1p"``, the
-        mean of log(1 + w), natural logarithm, by default at a library size of 10^4.
+        :mod:`pyrosc.rates`): ``"rate"``, the mean w of the cell's own count, in counts; ``"log1p"``, the
+        mean of log(1 + w), natural logarithm, by default at a library size of 10^4; or ``"predictive"``, the
+        count x' ~ Poisson(w) of a new measurement of the cell (before dropout), with an interval of whole
+        counts.
 
         Of a zero-inflated likelihood: ``"repaired"``, the count before dropout. A positive count is as
         observed, a zero becomes P(dropout given the zero) times the mean count.
     library
-        Of ``"count"``, ``"rate"`` and ``"log1p"``: the library size, in counts. By default the cell's own:
-        site ``"l"``, or the observed total where the program has no such site.
+        Of ``"count"``, ``"rate"``, ``"log1p"`` and ``"predictive"``: the library size, in counts; a number,
+        or one for each cell in the order of `data`. By default the cell's own: site ``"l"``, or the observed
+        total where the program has no such site.
+    depth
+        Of ``"log1p"``: the library size of a new measurement; a number, or one for each cell. The answer is
+        then about what people compute of counts, log(1 + library x' / depth), x' the new count at that depth,
+        and not about rates, which a measurement without end would show.
     batch
         Name of a batch: expression as if measured there. ``"average"``: the mean over all batches, each draw
         decoded in each. By default the cell's own. What sets a cell's rate apart from the decoder's mean in
@@ -138,7 +151,7 @@ def impute(
         Posterior draws of each cell.
     interval
         Probability of the interval between `lower` and `upper`. One of 90% takes 19 draws: with fewer it is
-        from the least to the greatest.
+        from the least to the greatest. One of whole counts has at least this probability.
     site
         Name of the site of shares, by default ``"rho"``; unless `what` is one of these two, name of the site
         of counts, by default ``"x"``.
@@ -146,8 +159,9 @@ def impute(
     Returns
     -------
     Imputation
-        Of ``"rate"`` and ``"repaired"`` the mean is that of the conditional means given each draw of the
-        cell's state, which has less noise than the mean of draws.
+        Of ``"rate"``, ``"predictive"`` and ``"repaired"`` the mean is that of the conditional means given
+        each draw of the cell's state, which has less noise than the mean of draws. Of ``"log1p"`` with a
+        `depth` that is so of what small counts add to it.
 
     Raises
     ------
@@ -161,29 +175,29 @@ def impute(
     Parameters of the model are taken as known. A gene that the data of a query lack has the decoder's
     opinion alone. Imputed values are no counts: put no test to them, but to the fit.
     """
-    _check_question(what, library, batch, threshold)
+    _check_question(what, library, depth, batch, threshold)
     _check_interval(interval)
     check_draws(n_draws)
     columns = torch.as_tensor(columns_of(fit, data, genes), device=fit.device)
-    data, size = asked(fit, data), "of the cell" if library is None else library
-    uses = {"rate": _rate, "log1p": _log1p, "repaired": _repaired(threshold)}
+    data, unit = asked(fit, data), _unit(what, library, depth, threshold)
+    library = 1e4 if what == "log1p" and library is None else library
+    size = None if library is None else sizes_of(library, data, "library")
     asking: dict[str, Any] = {"n_draws": n_draws, "batch": batch, "parallel": parallel, "seed": seed}
-    if what in uses:
-        at = 1e4 if what == "log1p" and library is None else library
-        values = rate_answers(fit, data, uses[what], columns, library=at, site=site or "x", **asking)
+    answers: Iterator[Summary]
+    if what in ("share", "count"):
+        decoded = _decoded(
+            fit, data, columns, own=what == "count", library=size, site=site or "rho", **asking
+        )
+        answers = (of_draws(drawn, interval) for drawn in decoded)
     else:
-        at = 1.0 if what == "share" else library
-        values = _decoded(fit, data, columns, library=at, site=site or "rho", **asking)
-    filled = "P(dropout) x mean" if threshold is None else f"the mean where P(dropout) > {threshold}"
-    units = {
-        "share": "share of the cell's counts",
-        "count": f"counts at library size {size}",
-        "rate": f"rates of the cell's own counts, in counts at library size {size}",
-        "log1p": f"log1p of rates of the cell's own counts at library size {library or 1e4:g}",
-        "repaired": f"counts before dropout: as observed, but zeros are {filled}",
-    }
+        scale = None
+        if size is not None and depth is not None:
+            new = sizes_of(depth, data, "depth")
+            size, scale = new, size / new
+        use = _summary(what, scale, threshold, interval)
+        answers = rate_answers(fit, data, use, columns, library=size, site=site or "x", **asking)
     names = np.array(fit.schema.genes)[columns.cpu().numpy()]
-    return _imputation(values, units[what], interval, data.cell_names, names)
+    return _imputation(answers, unit, interval, data.cell_names, names)
 
 
 def impute_proteins(
@@ -229,7 +243,7 @@ def impute_proteins(
     check_draws(n_draws)
     data = asked(fit, data)
     streamed = stream(fit, data, (site,), n_draws, batch_codes(fit, batch), parallel=parallel, seed=seed)
-    values = ((each := drawn[site].mean(0), each.mean(0)) for _, drawn in streamed)
+    values = (of_draws(drawn[site].mean(0), interval) for _, drawn in streamed)
     names = np.array(fit.schema.proteins)
     return _imputation(values, "counts of proteins without background", interval, data.cell_names, names)
 
@@ -239,63 +253,86 @@ def _decoded(
     data: Counts,
     columns: Tensor,
     *,
-    library: float | None,
+    own: bool,
+    library: Tensor | None,
     batch: str | int | None,
     n_draws: int,
     site: str,
     parallel: bool,
     seed: int,
-) -> Iterator[Drawn]:
-    """Yield draws of l rho, some cells at a time; l is the library size asked for, else each cell's own."""
-    codes = batch_codes(fit, batch)
-    streamed = stream(
-        fit, data, (site,), n_draws, codes, parallel=parallel, seed=seed, library=library is None
-    )
+) -> Iterator[Tensor]:
+    """Yield draws of rho, some cells at a time; of l rho with a library size, or each cell's own."""
+    codes, own = batch_codes(fit, batch), own and library is None
+    streamed = stream(fit, data, (site,), n_draws, codes, parallel=parallel, seed=seed, library=own)
     for cells, drawn in streamed:
-        rho = drawn[site].mean(0)[..., columns]
-        if library is None:
+        rho = drawn[site][..., columns].mean(0)
+        if own:
             l = drawn["l"].mean(0) if "l" in drawn else cells.library[None]
-            mean = rho * (l if l.ndim == rho.ndim else l[..., None])  # (draws, cells), or has one more
-        else:
-            mean = rho * library
-        yield mean, mean.mean(0)
+            rho = rho * (l if l.ndim == rho.ndim else l[..., None])  # (draws, cells), or has one more
+        yield rho if library is None else rho * library.to(rho)[cells.index]
 
 
-def _rate(rates: Rates, mean: Tensor) -> Drawn:
-    """Return draws of w = mu u, and their mean by that of u."""
-    return mean * rates.draw_factor(), (mean * rates.expected_factor()).mean(0)
+def _summary(
+    what: str, scale: Tensor | None, threshold: float | None, interval: float
+) -> Callable[[Rates, Tensor, Tensor], Summary]:
+    """Return what summarises rates; `scale`, of each cell, makes new counts what is asked for."""
+
+    def summary(rates: Rates, mean: Tensor, index: Tensor) -> Summary:
+        if what == "rate":
+            return of_rates(rates, mean, interval)
+        if what == "predictive":
+            return of_new_counts(rates, mean, interval)
+        if what == "repaired":
+            return of_repaired(rates, threshold, interval)
+        if scale is None:
+            return of_logs(rates, mean, interval)
+        return of_logs_of_new_counts(rates, mean, scale.to(mean)[index], interval)
+
+    return summary
 
 
-def _log1p(rates: Rates, mean: Tensor) -> Drawn:
-    logs = torch.log1p(mean * rates.draw_factor())
-    return logs, logs.mean(0)
+def _unit(what: str, library: Size | None, depth: Size | None, threshold: float | None) -> str:
+    """Return what the numbers are, and their unit."""
 
+    def size(number: Size | None) -> str:
+        return (
+            "of the cell"
+            if number is None
+            else f"{number:g}"
+            if np.ndim(number) == 0
+            else "given of the cell"
+        )
 
-def _repaired(threshold: float | None) -> Callable[[Rates, Tensor], Drawn]:
-    """Return what makes draws of the counts before dropout, and their mean."""
-
-    def use(rates: Rates, mean: Tensor) -> Drawn:  # noqa: ARG001
-        zero_inflated(rates.likelihood)
-        if threshold is not None:
-            dropped = rates.hidden.mean(0) > threshold
-            rates = replace(rates, hidden=dropped.float().expand_as(rates.hidden))
-        return rates.draw_count(), rates.expected_count().mean(0)
-
-    return use
+    at = f"library size {size(1e4 if what == 'log1p' and library is None else library)}"
+    logs = "rates of the cell's own counts" if depth is None else f"new counts at depth {size(depth)}, taken"
+    filled = "P(dropout) x mean" if threshold is None else f"the mean where P(dropout) > {threshold}"
+    units = {
+        "share": "share of the cell's counts",
+        "count": f"counts at {at}",
+        "rate": f"rates of the cell's own counts, in counts at {at}",
+        "log1p": f"log1p of {logs} at {at}",
+        "predictive": f"new counts of the cell at {at}",
+        "repaired": f"counts before dropout: as observed, but zeros are {filled}",
+    }
+    return units[what]
 
 
 def _check_question(
-    what: str, library: float | None, batch: str | int | None, threshold: float | None
+    what: str,
+    library: Size | None,
+    depth: Size | None,
+    batch: str | int | None,
+    threshold: float | None,
 ) -> None:
     """Raise unless these go together."""
-    if what not in ("share", "count", "rate", "log1p", "repaired"):
-        msg = f'what must be "share", "count", "rate", "log1p" or "repaired", not {what!r}'
+    if what not in ("share", "count", "rate", "log1p", "predictive", "repaired"):
+        msg = f'what must be "share", "count", "rate", "log1p", "predictive" or "repaired", not {what!r}'
         raise ValueError(msg)
-    if library is not None and (what in ("share", "repaired") or not library > 0):
-        msg = (
-            'library, a number of counts above 0, goes with what="count", "rate" or "log1p"; '
-            f"got {library!r} with {what!r}"
-        )
+    if library is not None and what in ("share", "repaired"):
+        msg = f'library goes with what="count", "rate", "log1p" or "predictive", not with {what!r}'
+        raise ValueError(msg)
+    if depth is not None and what != "log1p":
+        msg = f'depth goes with what="log1p", not with {what!r}: new counts are of the library size asked for'
         raise ValueError(msg)
     if batch is not None and what == "repaired":
         msg = f'"repaired" counts are those of their own batch, not of {batch!r}: ask for what="rate" there'
@@ -327,43 +364,13 @@ def _check_interval(interval: float) -> None:
 
 
 def _imputation(
-    values: Iterator[Drawn],
-    unit: str,
-    interval: float,
-    cell_names: np.ndarray,
-    names: np.ndarray,
+    answers: Iterator[Summary], unit: str, interval: float, cell_names: np.ndarray, names: np.ndarray
 ) -> Imputation:
-    """Summarise draws and their means, some cells at a time."""
-    tail = (1 - interval) / 2
+    """Put together what was answered, some cells at a time."""
     done, summary = 0, np.empty((4, len(cell_names), len(names)), np.float32)
-    for value, mean in values:
-        parts = (mean, _sd(value, value.mean(0)), _low_quantile(value, tail), -_low_quantile(-value, tail))
-        summary[:, done : done + len(mean)] = torch.stack(parts).cpu().numpy()
-        done += len(mean)
-    center, sd, low, high = summary
-    return Imputation(center, sd, low, high, unit, interval, cell_names, names)
-
-
-def _sd(values: Float[Tensor, "draws cells genes"], mean: Tensor) -> Tensor:
-    """Return the standard deviation over draws: torch.std takes ten times as long over a leading axis."""
-    return sum((value - mean).square_() for value in values).div_(len(values)).sqrt_()
-
-
-def _low_quantile(values: Float[Tensor, "draws cells genes"], share: float) -> Tensor:
-    """Return a quantile below the median over draws: with so many below it a new draw is, on average.
-
-    That is the value at place share (draws + 1), linearly interpolated (numpy's "weibull"); with the more
-    common share (draws - 1) + 1 an interval of 90% from 50 draws would cover 86.5%.
-    Of the draws only the smallest need be in order: each is let sink to its place among those before it.
-    """
-    place = max(0.0, share * (len(values) + 1) - 1)
-    below = int(place)
-    n_smallest = min(below + 2, len(values))
-    if n_smallest > 8:
-        smallest = list(values.sort(0).values[:n_smallest])
-    else:
-        smallest = [torch.full_like(values[0], torch.inf) for _ in range(n_smallest)]
-        for value in values:
-            for i, other in enumerate(smallest):
-                smallest[i], value = torch.minimum(other, value), torch.maximum(other, value)
-    return torch.lerp(smallest[below], smallest[-1], place - below)
+    for answer in answers:
+        n = answer.shape[1]
+        summary[:, done : done + n] = answer.cpu().numpy()
+        done += n
+    mean, sd, lower, upper = summary
+    return Imputation(mean, sd, lower, upper, unit, interval, cell_names, names)

@@ -4,8 +4,8 @@ import anndata
 import numpy as np
 import torch
 
-from pyrosc.asking import asked, columns_of
-from pyrosc.rates import rate_answers
+from pyrosc.asking import asked, check_draws, columns_of
+from pyrosc.rates import Size, rate_answers, sizes_of
 from pyrosc.reading import IMPUTED
 from pyrosc.svi import Fit
 
@@ -16,7 +16,7 @@ def multiple_imputation(
     m: int,
     seed: int = 0,
     *,
-    library: float | None = None,
+    library: Size | None = None,
     batch: str | int | None = None,
     site: str = "x",
     parallel: bool = True,
@@ -64,21 +64,16 @@ def multiple_imputation(
     if not isinstance(data, anndata.AnnData):
         msg = f"data must be an AnnData, of which copies are made, not {type(data).__name__}"
         raise TypeError(msg)
-    if library is not None and not library > 0:
-        msg = f"library is a number of counts above 0, not {library!r}"
-        raise ValueError(msg)
-    if m < 1:
-        msg = f"m, the number of data sets, must be at least 1, not {m}"
-        raise ValueError(msg)
+    check_draws(m)
     places = columns_of(fit, data, None)
     columns, counts = torch.as_tensor(places, device=fit.device), asked(fit, data)
     x, done = np.empty((m, counts.n_cells, len(places)), np.float32), 0
     for w in rate_answers(
         fit,
         counts,
-        lambda rates, mean: mean * rates.draw_factor(),
+        lambda rates, mean, _: mean * rates.draw_factor(),
         columns,
-        library=library,
+        library=None if library is None else sizes_of(library, counts, "library"),
         batch=batch,
         n_draws=m,
         site=site,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +26,9 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated
 from pyrosc.svi import Fit
+
+Size = float | int | Sequence | np.ndarray | pd.Series
+"""A number of counts, or one for each cell."""
 
 Site = dict[str, Any]
 """A site of a trace."""
@@ -61,6 +66,27 @@ class Rates:
             return torch.ones_like(self.mean)
         return torch.lerp((theta + self.x) / (theta + self.mean), torch.ones_like(self.mean), self.hidden)
 
+    def variance_of_factor(self) -> Float[Tensor, "draws cells genes"]:
+        """Return the variance of u given the count."""
+        theta = self.inverse_dispersion
+        if theta is None:
+            return torch.zeros_like(self.mean)
+        seen, scale = (theta + self.x) / (theta + self.mean), theta + self.mean
+        apart = self.hidden * (1 - self.hidden) * (seen - 1) ** 2
+        return torch.lerp(seen / scale, 1 / theta, self.hidden) + apart
+
+    def chances(self, mean: Tensor, n: int) -> Iterator[Float[Tensor, "draws cells genes"]]:
+        """Yield P(x' = k given the count), k = 0 to n - 1, of a new count x' ~ Poisson(mean u)."""
+        theta = self.inverse_dispersion
+        if theta is None:
+            yield from _poisson_chances(mean, n)
+        elif not self.hidden.any():
+            yield from _chances(theta + self.x, mean / (theta + self.mean), n)
+        else:
+            seen = _chances(theta + self.x, mean / (theta + self.mean), n)
+            for saw, anew in zip(seen, _chances(theta, mean / theta, n), strict=True):
+                yield torch.lerp(saw, anew, self.hidden)
+
     def draw_factor(self) -> Float[Tensor, "draws cells genes"]:
         """Draw u given the count."""
         seen = 1 - torch.bernoulli(self.hidden)
@@ -83,13 +109,45 @@ class Rates:
         return torch._standard_gamma(theta + counted) / (theta + expected)
 
 
+def _poisson_chances(mean: Tensor, n: int) -> Iterator[Tensor]:
+    """Yield the probabilities of 0 to n - 1 of a Poisson."""
+    p = torch.exp(-mean)
+    for k in range(n):
+        yield p
+        p = p * (mean / (k + 1))
+
+
+def _chances(shape: Tensor, scale: Tensor, n: int) -> Iterator[Tensor]:
+    """Yield the probabilities of 0 to n - 1 of a Poisson whose rate is Gamma(shape) times scale."""
+    p, odds = torch.exp(-shape * torch.log1p(scale)), scale / (1 + scale)
+    for k in range(n):
+        yield p
+        p = p * odds * ((shape + k) / (k + 1))
+
+
+def sizes_of(size: Size, data: Counts, name: str) -> Float[Tensor, "cells 1"]:
+    """Return a number of counts for each cell, of one for all or one for each.
+
+    Raises
+    ------
+    ValueError
+        If there are more or fewer than cells, or a number is not above 0.
+    """
+    values = np.asarray(size, np.float32)
+    if values.shape not in ((), (data.n_cells,)) or not ((values > 0) & (values < np.inf)).all():
+        got = f"{values.shape}, the least {values.min(initial=np.inf)}" if values.ndim else repr(size)
+        msg = f"{name} is a number of counts above 0, or one for each of the {data.n_cells} cells, not {got}"
+        raise ValueError(msg)
+    return torch.as_tensor(np.broadcast_to(values, data.n_cells).copy())[:, None]
+
+
 def rate_answers(
     fit: Fit,
     data: Counts,
-    use: Callable[[Rates, Tensor], Answer],
+    use: Callable[[Rates, Tensor, Tensor], Answer],
     columns: Tensor,
     *,
-    library: float | None,
+    library: Tensor | None,
     batch: str | int | None,
     n_draws: int,
     site: str,
@@ -103,12 +161,12 @@ def rate_answers(
     fit, data, n_draws, parallel, seed
         See :func:`~pyrosc.draws`.
     use
-        Takes the rates, as the cells were measured, and mu in the batch and at the library size asked for,
-        (draws, cells, columns). It runs with the fit's random numbers.
+        Takes the rates, as the cells were measured; mu in the batch and at the library size asked for,
+        (draws, cells, columns); and the cells' places in the data. It runs with the fit's random numbers.
     columns : Tensor of shape (columns,)
         The genes wanted.
-    library
-        Library size, in counts; by default the cell's own.
+    library : Tensor of shape (cells, 1), optional
+        Library size of each cell, in counts; by default its own.
     batch
         Name of a batch, or ``"average"``; by default the cell's own.
     site
@@ -122,12 +180,14 @@ def rate_answers(
             """Return the mean counts in a batch, at the library size asked for, (draws, cells, genes)."""
             runs = [*zip(there, guided, strict=True)]
             mean = _means_of([site_of(*run, site) for run in runs], columns)
-            return mean if library is None else mean * library / torch.cat([_l(*run, cells) for run in runs])
+            if library is None:
+                return mean
+            return mean * library.to(mean)[cells.index] / torch.cat([_l(*run, cells) for run in runs])
 
         own, *others = zip(*modelled, strict=True)
         rates = _rates_of([site_of(*run, site) for run in zip(own, guided, strict=True)], columns, present)
         there = [means(traces) for traces in others or [own]]
-        return use(rates, torch.stack(there).mean(0))
+        return use(rates, torch.stack(there).mean(0), cells.index)
 
     return answers(fit, data, n_draws, codes, read, parallel=parallel, seed=seed)
 

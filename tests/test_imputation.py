@@ -14,7 +14,7 @@ from scipy import stats
 from torch import nn
 
 import pyrosc
-from pyrosc import asking, from_anndata, imputation, multiple_imputation
+from pyrosc import asking, from_anndata, multiple_imputation, summaries
 from pyrosc.asking import draws
 from pyrosc.criticism import baseline
 from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated
@@ -396,7 +396,7 @@ def test_rates_keep_a_gene_that_the_decoder_smooths_away():
     assert rate[others].mean() < 1.5 * share[others].mean()
 
 
-@pytest.mark.parametrize("what", ["rate", "log1p", "repaired"])
+@pytest.mark.parametrize("what", ["rate", "log1p", "predictive", "repaired"])
 def test_rates_of_a_model_with_all_that_is_optional(rich_fit, rich, what):
     imputed = impute(rich_fit, rich, what, n_draws=4, interval=0.5)
     assert np.isfinite(imputed.mean).all()
@@ -426,6 +426,134 @@ def test_log1p_is_the_mean_of_the_log_not_the_log_of_the_mean(library):
     np.testing.assert_allclose(imputed.sd, sd, rtol=0.1)
     assert (np.log1p(POSTERIOR.mean() * scale[:, None]) - expected).max() > 0.3
     assert f"{library or 1e4:g}" in imputed.unit
+
+
+def nb(x, mean, shape, rate):
+    """P(x' = k) of x' ~ Poisson(mean u), u ~ Gamma(shape, rate)."""
+    return stats.nbinom.pmf(x, shape, rate / (rate + mean))
+
+
+def enumerated(f, pmf, n=3000):
+    """Mean and sd of f(x') by summing over x'."""
+    k = np.arange(n).reshape(-1, 1, 1)
+    p, values = pmf(k), f(k)
+    np.testing.assert_allclose(p.sum(0), 1, atol=1e-9)
+    mean = (p * values).sum(0)
+    return mean, np.sqrt((p * values**2).sum(0) - mean**2)
+
+
+@pytest.mark.parametrize("gate", [None, GATE], ids=["nb", "zinb"])
+@pytest.mark.parametrize("each", [False, True], ids=["a depth", "one of each cell"])
+def test_log1p_of_a_new_measurement_is_that_of_its_counts(gate, each):
+    fit, adata = known(X, MEAN, THETA, gate)
+    library, depth = (np.array([100.0, 50.0, 20.0, 1e4]), np.array([10.0, 3.0, 40.0, 7.0]))
+    if not each:
+        library, depth = 1e4, 20.0
+    n, size = 4000, np.broadcast_to(depth, 4)[:, None]
+    imputed = impute(fit, adata, "log1p", library=library, depth=depth, n_draws=n)
+    mean, d = MEAN * size / X.sum(1, keepdims=True), 0 if gate is None else dropouts()
+    pmf = lambda k: d * nb(k, mean, THETA, THETA) + (1 - d) * nb(k, mean, THETA + X, THETA + MEAN)
+    scale = np.broadcast_to(library, 4)[:, None] / size
+    expected, sd = enumerated(lambda k: np.log1p(scale * k), pmf)
+    assert np.max(np.abs(imputed.mean - expected) / (sd / np.sqrt(n))) < 5
+    np.testing.assert_allclose(imputed.sd, sd, rtol=0.05)
+    for name, at in (("lower", 0.05), ("upper", 0.95)):
+        ends = np.expm1(getattr(imputed, name).astype(np.float64)) / scale
+        np.testing.assert_allclose(ends, np.rint(ends), atol=1e-2)
+        cdf = sum(pmf(k) * (k <= ends + 0.5) for k in range(3000))
+        below = cdf - pmf(np.rint(ends))
+        assert (below < at + 0.02).all()
+        assert (cdf > at - 0.02).all()
+    assert "new counts at depth" in imputed.unit
+    infinitely_deep = impute(fit, adata, "log1p", library=library, depth=1e7, n_draws=n)
+    rates = impute(fit, adata, "log1p", library=library, n_draws=n)
+    np.testing.assert_allclose(infinitely_deep.mean, rates.mean, rtol=0.1, atol=0.05)
+
+
+def test_log1p_of_small_new_counts_is_not_drawn():
+    fit, adata = known(X, MEAN, THETA, GATE)
+    depth = X.sum(1) / 500
+    imputed = impute(fit, adata, "log1p", depth=depth, n_draws=2)
+    d, mean = dropouts(), MEAN / 500
+    pmf = lambda k: d * nb(k, mean, THETA, THETA) + (1 - d) * nb(k, mean, THETA + X, THETA + MEAN)
+    expected, sd = enumerated(lambda k: np.log1p(1e4 / depth[:, None] * k), pmf)
+    np.testing.assert_allclose(imputed.mean, expected, rtol=1e-4)
+    np.testing.assert_allclose(imputed.sd, sd, rtol=1e-3)
+
+
+# --- new counts
+
+
+@pytest.mark.parametrize("kind", ["nb", "zinb", "poisson"])
+@pytest.mark.parametrize("library", [None, np.array([46.0, 90.0, 3.0, 500.0])], ids=["own", "of each"])
+def test_new_counts_of_a_cell_are_negative_binomial(kind, library):
+    fit, adata = known(
+        X, MEAN, None if kind == "poisson" else THETA, GATE if kind == "zinb" else None, batches=list("abab")
+    )
+    mu = MEAN * np.array([1, 2, 1, 2])[:, None]
+    size = X.sum(1) if library is None else library
+    mean, d = mu * (size / X.sum(1))[:, None], dropouts(mean=mu) if kind == "zinb" else 0
+    pmf = lambda k: d * nb(k, mean, THETA, THETA) + (1 - d) * nb(k, mean, THETA + X, THETA + mu)
+    if kind == "poisson":
+        pmf = lambda k: stats.poisson.pmf(k, mean)
+    expected, sd = enumerated(lambda k: k, pmf, 5000)
+    n = 4000
+    imputed = impute(fit, adata, "predictive", library=library, n_draws=n)
+    np.testing.assert_allclose(imputed.mean, expected, rtol=1e-5)  # exact, as no state is drawn
+    np.testing.assert_allclose(imputed.sd, sd, rtol=1e-4)
+    for name, at in (("lower", 0.05), ("upper", 0.95)):
+        end = getattr(imputed, name)
+        np.testing.assert_array_equal(end, np.rint(end))
+        cdf = sum(pmf(k) * (k <= end) for k in range(2000))
+        assert (cdf - pmf(end) < at + 0.02).all()
+        assert (cdf > at - 0.02).all()
+    assert "new counts" in imputed.unit
+    assert ("given" if library is not None else "of the cell") in imputed.unit
+
+
+def test_intervals_of_new_counts_cover_them():
+    """Of x' ~ Poisson(w / 2), w as in x ~ Poisson(w): at least 90%, and no more where counts are large."""
+    rng = np.random.default_rng(5)
+    mean, theta = np.geomspace(0.2, 600, 40), np.tile([0.3, 1.0, 4.0, 20.0], 10)
+    w = rng.gamma(theta, mean / theta, (400, 40))
+    x = np.maximum(rng.poisson(w), [1] + [0] * 39)
+    fit, adata = known(x, mean, theta)
+    imputed = impute(fit, adata, "predictive", library=x.sum(1) / 2)
+    new = rng.poisson(w / 2)
+    inside = (imputed.lower <= new) & (new <= imputed.upper)
+    by_mean = inside.reshape(400, 4, 10).mean((0, 2))
+    assert (by_mean > 0.89).all()
+    assert by_mean[0] > 0.95
+    assert by_mean[-1] < 0.925
+    z = ((new - imputed.mean) / imputed.sd)[:, theta > 1]
+    np.testing.assert_allclose((z**2).mean(), 1, atol=0.06)
+
+
+def test_the_sd_is_in_closed_form():
+    """Of few draws that of all: given the cell's state, nothing is left to chance."""
+    fit, adata = known(X, MEAN, THETA, GATE)
+    d = dropouts()
+    mean = d * MEAN + (1 - d) * POSTERIOR.mean()
+    second = d * (PRIOR.var() + MEAN**2) + (1 - d) * (POSTERIOR.var() + POSTERIOR.mean() ** 2)
+    variance = second - mean**2
+    np.testing.assert_allclose(impute(fit, adata, "rate", n_draws=2).sd, np.sqrt(variance), rtol=1e-4)
+    new = impute(fit, adata, "predictive", n_draws=2).sd
+    np.testing.assert_allclose(new, np.sqrt(variance + mean), rtol=1e-4)
+    fit, adata = known(X, MEAN, THETA, GATE, sd=0.4)
+    w = drawn_rates(fit, adata, 20_000)
+    np.testing.assert_allclose(impute(fit, adata, "rate", n_draws=5000).sd, w.std(0), rtol=0.1)
+
+
+@pytest.mark.parametrize("what", ["count", "rate", "log1p", "predictive"])
+def test_a_library_size_of_each_cell_is_that_of_its_row(what, monkeypatch, vae_fit, few):
+    sizes, n = np.linspace(50, 5000, 12), 300
+    imputed = impute(vae_fit, few, what, library=sizes, n_draws=n)
+    for i in (0, 7):
+        alone = impute(vae_fit, few, what, library=sizes[i], n_draws=n).mean[i]
+        np.testing.assert_allclose(imputed.mean[i], alone, rtol=1e-5)
+    monkeypatch.setattr(asking, "ELEMENTS", 1)  # a cell at a time
+    pieces = impute(vae_fit, few, what, library=sizes, n_draws=n)
+    assert np.max(np.abs(pieces.mean - imputed.mean) / (imputed.sd * np.sqrt(2 / n))) < 6
 
 
 # --- repaired
@@ -558,8 +686,10 @@ def test_pooled_by_rubins_rules_the_mean_is_that_of_rates():
     fit, adata = known(X, MEAN, THETA, sd=0.2)
     w, imputed = drawn_rates(fit, adata, 500), impute(fit, adata, "rate", n_draws=500)
     assert np.max(np.abs(w.mean(0) - imputed.mean) / (imputed.sd * np.sqrt(1.5 / 500))) < 5
-    at = drawn_rates(fit, adata, 500, library=100.0)
-    np.testing.assert_allclose(at, w * 100 / X.sum(1, keepdims=True), rtol=1e-4)
+    for library in (100.0, np.array([100.0, 3.0, 20.0, 1e4])):
+        at = drawn_rates(fit, adata, 500, library=library)
+        scale = (np.broadcast_to(library, 4) / X.sum(1))[:, None]
+        np.testing.assert_allclose(at, w * scale, rtol=1e-4)
 
 
 # --- what is refused
@@ -570,8 +700,16 @@ def test_wrong_questions_about_rates_are_told_why(vae_fit, data, adata):
     for what in ("share", "repaired"):
         with pytest.raises(ValueError, match=rf"library.*count.*rate.*log1p.*{what}"):
             impute(fit, cells, what, library=5.0)
-    with pytest.raises(ValueError, match="library"):
-        impute(fit, cells, "rate", library=-1.0)
+    each = r"library is a number of counts above 0, or one for each of the 4 cells, not "
+    for library, got in ((-1.0, r"-1\.0"), ([1.0, 2.0], r"\(2,\)"), ([1, 2, 3, 0], r"\(4,\), the least 0")):
+        with pytest.raises(ValueError, match=each + got):
+            impute(fit, cells, "rate", library=library)
+    with pytest.raises(ValueError, match="depth is a number of counts above 0"):
+        impute(fit, cells, "log1p", depth=0)
+    with pytest.raises(ValueError, match="depth goes with what=\"log1p\", not with 'predictive'"):
+        impute(fit, cells, "predictive", depth=10)
+    with pytest.raises(ValueError, match=r'what must be .*"predictive".*not \'counts\''):
+        impute(fit, cells, "counts")
     with pytest.raises(ValueError, match=r'"repaired" counts are those of their own batch.*rate'):
         impute(fit, cells, "repaired", batch="all")
     for what, threshold in (("rate", 0.5), ("repaired", 1.5)):
@@ -583,7 +721,7 @@ def test_wrong_questions_about_rates_are_told_why(vae_fit, data, adata):
         impute(fit, cells, "rate", site="counts")
     with pytest.raises(TypeError, match="AnnData"):
         multiple_imputation(fit, from_anndata(cells), 2)
-    with pytest.raises(ValueError, match="m, the number of data sets, must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="must be at least 1, not 0"):
         multiple_imputation(fit, cells, 0)
     with pytest.raises(ValueError, match="library"):
         multiple_imputation(fit, cells, 2, library=0.0)
@@ -608,9 +746,9 @@ def test_wrong_questions_about_rates_are_told_why(vae_fit, data, adata):
 @pytest.mark.parametrize("n_draws", [1, 2, 3, 25, 200])
 def test_the_moments_and_quantiles_over_draws_are_numpys(n_draws):
     values = torch.rand(n_draws, 7, 11, generator=torch.Generator().manual_seed(n_draws))
-    torch.testing.assert_close(imputation._sd(values, values.mean(0)), values.std(0, correction=0))
+    torch.testing.assert_close(summaries.variance(values, values.mean(0)), values.var(0, correction=0))
     for share in (0.0005, 0.05, 0.25, 0.45):
-        low, high = imputation._low_quantile(values, share), -imputation._low_quantile(-values, share)
+        low, high = summaries._low_quantile(values, share), -summaries._low_quantile(-values, share)
         for ours, at in ((low, share), (high, 1 - share)):
             theirs = np.quantile(values.numpy(), at, 0, method="weibull")
             np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
