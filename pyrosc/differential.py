@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from operator import add
+from functools import cached_property
 from typing import Any
 
 import anndata
@@ -22,11 +21,11 @@ from numpy import ndarray
 
 from pyrosc.asking import draws
 from pyrosc.counts import Counts
-from pyrosc.groups import comparable, count_replicates, groups_of, pairs_of, units_of
+from pyrosc.groups import check_batch, comparisons
 from pyrosc.reading import as_counts
-from pyrosc.shrinkage import Posterior, likelihood, shrink
+from pyrosc.shrinkage import Posterior, shrink
 from pyrosc.svi import Fit
-from pyrosc.variation import Arm, sums
+from pyrosc.variation import Arm
 
 Number = float | int  # beartype does not take 0 for a float
 
@@ -189,15 +188,22 @@ def summarise(
     )
 
 
-def by_evidence(table: pd.DataFrame, absent: Sequence[str]) -> pd.DataFrame:
-    """Leave out absent genes; order the others by the error of a call, then by |lfc_mean| / lfc_sd."""
+def by_evidence(table: pd.DataFrame, absent: Sequence[str], *, known: bool) -> pd.DataFrame:
+    """Leave out absent genes; order the others by the error of a call, then by |lfc_mean| / lfc_sd.
+
+    Where it is not `known` how far replicates differ, neither is the error: it is NaN from here on.
+    """
     table = table[~table.gene.isin(absent)]
-    return table.iloc[np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))]
+    table = table.iloc[np.lexsort((-(table.lfc_mean / table.lfc_sd).abs(), table.error))]
+    return table if known else table.assign(error=np.nan)
 
 
 def decide(table: pd.DataFrame, fdr: Number = 0.05) -> pd.DataFrame:
-    """Turn the column `error` into `expected_fdr` and `is_de`, jointly over all rows; see :func:`compare`."""
-    error = np.sort(table["error"].to_numpy())
+    """Turn the column `error` into `expected_fdr` and `is_de`, jointly over all rows; see :func:`compare`.
+
+    Rows whose error is NaN are no calls, have the expected FDR NaN, and no part in that of others.
+    """
+    error = np.sort(table["error"].to_numpy())  # (NaN last)
     running = error.cumsum() / np.arange(1, len(error) + 1)
     # Rows of equal evidence are called together: all have the mean up to the last of them.
     expected = running[np.searchsorted(error, table["error"], side="right") - 1]
@@ -290,7 +296,8 @@ def differential_expression(
         mean_share and mean_share_reference (of the counts of these genes; with ``"cell"``, of the draws),
         raw_mean and raw_mean_reference (counts per cell), expressing and expressing_reference (share of the
         cells that have a count). With ``"mean"`` these describe the cells that were compared; with
-        `replicate_key` there are also replicates and replicates_reference, how many of either side were.
+        `replicate_key` there are also replicates and replicates_reference, how many of either side were:
+        where that is fewer than two, expected_fdr is NaN and is_de False, see Notes.
         Genes that the data of a query lack have no row. :func:`~pyrosc.to_scanpy` hands it to scanpy.
 
     Raises
@@ -307,7 +314,9 @@ def differential_expression(
     conclusions about donors. With one, the log rate of each donor, in each batch and on each side, has an
     error of variance tau_g^2, estimated from the counts by :func:`pyrosc.variation.between_replicates`. A
     donor with cells on both sides is compared with itself, the others with those of their batch. With fewer
-    than two donors on a side tau_g^2 is the other side's, or taken for 0; there is a warning.
+    than two donors on a side tau_g^2 is the other side's, or taken for 0: fold changes, intervals and
+    probabilities are then about these donors, which nothing tells from their group. There is a warning,
+    nothing is called, and the comparison has no part in the false discovery rate of others.
 
     Shares sum to 1: if a few abundant genes rise, all others fall a little, and the fold change says so.
 
@@ -343,33 +352,27 @@ def differential_expression(
     _check_estimand(estimand, n_draws, replicate_key)
     batch = None if batch is None else str(batch)
     data = as_counts(data, fit.schema)
-    codes, names = groups_of(data, groupby)
-    units = units_of(fit, data, replicate_key, batch)
-    codes = np.where(units.of_cell < 0, -1, codes)
-    arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
+    check_batch(fit, batch)
+    asked = {"groupby": groupby, "group": group, "reference": reference, "replicate_key": replicate_key}
     eps = 0.01 / float(np.median(data.library))
     tables = []
-    for a, b in pairs_of(codes, names, group, reference):
-        arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
+    # Random cells are compared wherever they are: only what is decoded has a batch.
+    for pair in comparisons(fit, data, **asked, batch=batch if estimand == "mean" else None):
         lfc: ndarray | Posterior
         if estimand == "cell":
-            theirs = (codes >= 0) & (codes != a) if b < 0 else codes == b
-            rows = np.flatnonzero(codes == a), np.flatnonzero(theirs)
-            seeds = [seed, a, b + 1]
+            rows = [np.flatnonzero(pair.side == side) for side in (0, 1)]
+            seeds = [seed, pair.codes[0], pair.codes[1] + 1]
             lfc, shares = _cells(
                 fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds, eps=eps
             )
         else:
-            use, stratum = comparable(arm, other, units.batch, batch, fit.schema.batches, names[a])
-            arm, other = arm[use], other[use]
-            lfc = shrink(likelihood(arm, other, None if units.replicate is None else stratum))
-            shares = [v.x.sum(0) / v.l.sum() for v in (arm, other)]
-        who = {"gene": fit.schema.genes, "group": names[a], "reference": "rest" if b < 0 else names[b]}
-        table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(arm, other, shares))
-        if units.replicate is not None:
-            sides = count_replicates(arm, other, units.replicate[use], names[a])
-            table["replicates"], table["replicates_reference"] = sides
-        tables.append(by_evidence(table, fit.schema.absent))
+            lfc = shrink(pair.likelihood)
+            shares = [arm.x.sum(0) / arm.l.sum() for arm in (pair.a, pair.b)]
+        who = {"gene": fit.schema.genes, "group": pair.group, "reference": pair.reference}
+        table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(pair.a, pair.b, shares))
+        if pair.replicates is not None:
+            table["replicates"], table["replicates_reference"] = pair.replicates
+        tables.append(by_evidence(table, fit.schema.absent, known=pair.replicated))
     found = decide(pd.concat(tables, ignore_index=True), fdr)
     found.attrs["groupby"] = groupby if isinstance(groupby, str) else ""
     return found

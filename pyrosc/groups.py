@@ -1,18 +1,21 @@
 """Groups of cells, and the units within which they are compared: batches, or replicates in batches."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from pyrosc.counts import Counts
+from pyrosc.shrinkage import likelihood
 from pyrosc.svi import Fit
-from pyrosc.variation import Arm
+from pyrosc.variation import Arm, sums
 
 
 def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:
@@ -80,12 +83,17 @@ class Units:
     replicate: Int[ndarray, "units"] | None  # None: units are whole batches
 
 
-def units_of(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> Units:
-    """Return the units of a question, batches being one where they are ignored."""
+def check_batch(fit: Fit, batch: str | None) -> None:
+    """Raise unless it is "average", None, or the name of a batch."""
     if batch not in (None, "average", *fit.schema.batches):
         there = ", ".join(fit.schema.batches)
         msg = f'no batch {batch!r}; the fit knows {there}; or give "average" or None'
         raise ValueError(msg)
+
+
+def units_of(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> Units:
+    """Return the units of a question, batches being one where they are ignored."""
+    check_batch(fit, batch)
     batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
     if replicate_key is None:
         each = np.arange(1 if batch is None else len(fit.schema.batches))
@@ -99,6 +107,102 @@ def units_of(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> U
     of_cell = np.full(data.n_cells, -1)
     of_cell[known] = of_known
     return Units(of_cell, units // len(names), units % len(names))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two groups of cells, summed over the units in which they can be compared.
+
+    Attributes
+    ----------
+    group, reference : str
+        Names; the reference may be ``"rest"``.
+    codes : tuple of int
+        Of the two; -1 is the rest.
+    side : ndarray of shape (cells,)
+        0 of a cell of the group, 1 of one of its reference, -1 of one that is not compared.
+    a, b : Arm
+        Sums over the cells of side 0 and of side 1, in each unit.
+    stratum : ndarray of shape (units,)
+        Of each unit: those of one stratum have a rate in common.
+    stratum_of_cell : ndarray of shape (cells,)
+        The same of each cell's unit, -1 where it is not compared.
+    replicates : tuple of int, or None
+        How many replicates either side has, where units are replicates.
+    """
+
+    group: str
+    reference: str
+    codes: tuple[int, int]
+    side: Int[ndarray, "cells"]
+    a: Arm
+    b: Arm
+    stratum: Int[ndarray, "units"]
+    stratum_of_cell: Int[ndarray, "cells"]
+    replicates: tuple[int, int] | None
+
+    @property
+    def replicated(self) -> bool:
+        """Whether conclusions are about cells, or both sides show how far their replicates differ."""
+        return self.replicates is None or min(self.replicates) > 1
+
+    @cached_property
+    def likelihood(self) -> Float[ndarray, "genes points"]:
+        """:func:`pyrosc.shrinkage.likelihood` of each gene's log2 fold change."""
+        return likelihood(self.a, self.b, None if self.replicates is None else self.stratum)
+
+
+def comparisons(
+    fit: Fit,
+    data: Counts,
+    *,
+    groupby: Any,
+    group: Any,
+    reference: Any,
+    replicate_key: Any,
+    batch: str | None,
+) -> Iterator[Comparison]:
+    """Return the comparisons that a question asks for, one after the other; see `differential_expression`."""
+    codes, names = groups_of(data, groupby)
+    units = units_of(fit, data, replicate_key, batch)
+    codes = np.where(units.of_cell < 0, -1, codes)
+    pairs = pairs_of(codes, names, group, reference)
+    return compared(data, codes, names, pairs, units, batch)
+
+
+def compared(
+    data: Counts,
+    codes: Int[ndarray, "cells"],
+    names: Sequence[str],
+    pairs: Iterable[tuple[int, int]],
+    units: Units,
+    batch: str | None,
+) -> Iterator[Comparison]:
+    """Yield a comparison for each pair of codes, the second -1 for the rest; warn of too few replicates.
+
+    Cells without a unit have the code -1.
+    """
+    arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
+    for a, b in pairs:
+        arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
+        use, stratum = comparable(arm, other, units.batch, batch, data.schema.batches, names[a])
+        arm, other = arm[use], other[use]
+        of_unit = np.full(len(units.batch) + 1, -1)  # (the last is of cells that have none)
+        of_unit[use] = stratum
+        of_cell = of_unit[units.of_cell]
+        side = np.select([of_cell < 0, codes == a, codes >= 0 if b < 0 else codes == b], [-1, 0, 1], -1)
+        reference = "rest" if b < 0 else names[b]
+        n = None
+        if units.replicate is not None:
+            n = count_replicates(arm, other, units.replicate[use])
+            if min(n) < 2:
+                warnings.warn(
+                    f"group {names[a]!r} has cells of {n[0]} replicates and its reference of {n[1]}: how far "
+                    "replicates differ is seen with two of each at least; fold changes and intervals are "
+                    "about these replicates only, and nothing is called",
+                    stacklevel=3,
+                )
+        yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, n)
 
 
 def comparable(
@@ -123,13 +227,7 @@ def comparable(
     return use, np.unique(stratum[use], return_inverse=True)[1]
 
 
-def count_replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"], name: str) -> tuple[int, int]:
-    """Return how many replicates either side has; warn of fewer than two."""
+def count_replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"]) -> tuple[int, int]:
+    """Return how many replicates either side has."""
     n, m = (len(np.unique(replicate[arm.cells > 0])) for arm in (a, b))
-    if min(n, m) < 2:
-        warnings.warn(
-            f"group {name!r} has cells of {n} replicates and its reference of {m}: how far replicates differ "
-            "is seen with two of each at least, and conclusions are about these replicates only",
-            stacklevel=3,
-        )
     return n, m

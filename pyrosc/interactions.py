@@ -12,11 +12,10 @@ from scipy.signal import fftconvolve
 
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, by_evidence, check_numbers, decide, summarise
-from pyrosc.groups import comparable, count_replicates, groups_of, pairs_of, units_of
+from pyrosc.groups import compared, groups_of, pairs_of, units_of
 from pyrosc.reading import as_counts
-from pyrosc.shrinkage import likelihood, shrink
+from pyrosc.shrinkage import shrink
 from pyrosc.svi import Fit
-from pyrosc.variation import sums
 
 
 def interaction(
@@ -65,6 +64,8 @@ def interaction(
         A row for each gene of each level, as of :func:`~pyrosc.differential_expression`: gene, level,
         baseline, group, reference, the columns of :func:`~pyrosc.compare` about d, and lfc_level and
         lfc_baseline, the posterior means of t_A and t_B. Calls are made at one false discovery rate over all.
+        With a `replicate_key` also replicates, how many the one of the four groups has that has the fewest:
+        where that is one, expected_fdr is NaN and nothing is called.
 
     Raises
     ------
@@ -100,42 +101,31 @@ def interaction(
         msg = "reference names a group: the rest is another mixture of groups in each level"
         raise ValueError(msg)
     units = units_of(fit, data, replicate_key, batch)
-
-    def curves(
-        inside: ndarray, codes: ndarray, one: int, other: int, shown: str
-    ) -> Float[ndarray, "genes points"]:
-        """Return the quasi-likelihood of the log2 fold changes between two kinds of the cells inside."""
-        mine = np.where(inside & (units.of_cell >= 0), codes, -1)
-        arms = sums(data.x, mine, max(one, other) + 1, units.of_cell, len(units.batch))
-        use, stratum = comparable(arms[one], arms[other], units.batch, batch, fit.schema.batches, shown)
-        arm, base = arms[one][use], arms[other][use]
-        if units.replicate is None:
-            return likelihood(arm, base)
-        count_replicates(arm, base, units.replicate[use], shown)
-        return likelihood(arm, base, stratum)
-
-    def between_groups(at: int) -> Float[ndarray, "genes points"]:
-        return curves(kind == at, np.where(codes > max(a, b), -1, codes), a, b, f"{names[a]}, {levels[at]}")
-
+    # Codes of a level and a group: 2 level + 0 in the group, + 1 in the reference.
+    here = (kind >= 0) & (units.of_cell >= 0) & np.isin(codes, (a, b))
+    crossed = np.where(here, 2 * kind + (codes == b), -1)
+    crossed_names = [f"{names[g]}, {one}" for one in levels for g in (a, b)]
     base = levels.index(baseline)
-    of_baseline, tables = between_groups(base), []
-    lfc_baseline = shrink(of_baseline).mean
-    for name in asked:
-        at = levels.index(name)
-        of_level = between_groups(at)
-        if _paired(units.of_cell, kind, (at, base)) > _paired(units.of_cell, codes, (a, b)):
-            parts = [
-                curves(codes == g, np.where(kind > max(at, base), -1, kind), at, base, f"{name}, {names[g]}")
-                for g in (a, b)
-            ]
-        else:
-            parts = [of_level, of_baseline]
-        lfc = shrink(of_difference(*parts))
+    at = [levels.index(name) for name in asked]
+    within = [(2 * i, 2 * i + 1) for i in (base, *at)]
+    each = compared(data, crossed, crossed_names, within, units, batch)
+    of_baseline = next(each)
+    lfc_baseline = shrink(of_baseline.likelihood).mean
+    tables = []
+    for name, i, of_level in zip(asked, at, each, strict=True):
+        parts = [of_level, of_baseline]
+        if _paired(units.of_cell, kind, (i, base)) > _paired(units.of_cell, codes, (a, b)):
+            across = [(2 * i + side, 2 * base + side) for side in (0, 1)]
+            parts = list(compared(data, crossed, crossed_names, across, units, batch))
+        lfc = shrink(of_difference(*(part.likelihood for part in parts)))
         who = {"gene": fit.schema.genes, "level": name, "baseline": baseline}
         table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
         table = table.join(summarise(lfc, delta, interval))
-        table["lfc_level"], table["lfc_baseline"] = shrink(of_level).mean, lfc_baseline
-        tables.append(by_evidence(table, fit.schema.absent))
+        table["lfc_level"], table["lfc_baseline"] = shrink(of_level.likelihood).mean, lfc_baseline
+        if units.replicate is not None:
+            table["replicates"] = min(n for part in parts for n in part.replicates or ())
+        known = all(part.replicated for part in parts)
+        tables.append(by_evidence(table, fit.schema.absent, known=known))
     return decide(pd.concat(tables, ignore_index=True), fdr)
 
 

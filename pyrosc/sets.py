@@ -1,8 +1,8 @@
 """Differential expression of gene sets: the mean log2 fold change of a set's genes."""
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import add
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import anndata
@@ -10,18 +10,49 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy import stats
+from scipy import sparse, stats
 
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, check_numbers
-from pyrosc.groups import comparable, count_replicates, groups_of, pairs_of, units_of
+from pyrosc.groups import Comparison, comparisons
 from pyrosc.reading import as_counts
-from pyrosc.shrinkage import LFC, likelihood
+from pyrosc.shrinkage import LFC
 from pyrosc.svi import Fit
-from pyrosc.variation import Arm, fitted_share, strata, sums
+from pyrosc.variation import fitted_share, strata
 
 _CELLS = 4096  # looked at together
 _KNOWN, _LEAST = 0.25, 0.05**2  # variances of a fold change: of a known one, and of those of a set at least
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What cells, or replicates, contribute to the error of each gene's fold change, up to a gene's factor.
+
+    Attributes
+    ----------
+    blocks : Callable
+        Returns them anew whenever it is called, some at a time, (some, genes): all are as large as the data,
+        and not sparse.
+    """
+
+    blocks: Callable[[], Iterable[Float[ndarray, "_ genes"]]]
+
+    @cached_property
+    def size(self) -> Float[ndarray, "genes"]:
+        """Root of the sum of each gene's squares."""
+        return np.sqrt(sum((block**2).sum(0) for block in self.blocks()))
+
+    def together(self, weights: Float[ndarray, "genes sets"]) -> Float[ndarray, "sets"]:
+        """Return the sum over pairs of different genes g, h of w_g w_h times the correlation of their errors.
+
+        Parameters
+        ----------
+        weights
+            w, of each gene in each set.
+        """
+        weights = weights * (self.size > 0)[:, None]
+        scaled = weights / np.where(self.size > 0, self.size, 1)[:, None]
+        return sum(((block @ scaled) ** 2).sum(0) for block in self.blocks()) - (weights**2).sum(0)
 
 
 def gene_sets(
@@ -64,7 +95,8 @@ def gene_sets(
         p_equivalent, p_de, which say of T what those of :func:`~pyrosc.compare` say of a gene; fdr_bound, the
         largest false discovery rate, over all rows, of calling the sets with this much evidence in their
         direction (Benjamini and Hochberg, of 2 (1 - max(p_up, p_down))), and is_de, whether it is at most
-        `fdr`.
+        `fdr`. With a `replicate_key` also replicates and replicates_reference: where that is fewer than two
+        fdr_bound is NaN and nothing is called.
 
     Raises
     ------
@@ -78,7 +110,6 @@ def gene_sets(
     The estimate's error is taken for normal; with replicates for Student's t, with as many degrees of freedom
     as replicates show errors with: with three donors on a side correlations are not well known. Without a
     `replicate_key` errors that cells of a donor share are not seen, and sets that share them seem to change.
-    Residuals of all cells of the groups are held, cells x genes of the sets.
 
     This asks of the set's genes themselves, not whether they change more than others do.
     """
@@ -89,34 +120,23 @@ def gene_sets(
     member = _membership(sets, fit.schema.genes, fit.schema.present)
     inside = np.flatnonzero(member.any(1))
     member, n = member[inside], member.sum(0)
-    codes, names = groups_of(data, groupby)
-    units = units_of(fit, data, replicate_key, batch)
-    codes = np.where(units.of_cell < 0, -1, codes)
-    arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
+    asked = {"groupby": groupby, "group": group, "reference": reference, "replicate_key": replicate_key}
+    x, library = data.x[:, inside], data.library
     tables = []
-    for a, b in pairs_of(codes, names, group, reference):
-        arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
-        use, stratum = comparable(arm, other, units.batch, batch, fit.schema.batches, names[a])
-        arm, other = arm[use], other[use]
-        if units.replicate is None:
-            curves, freedom = likelihood(arm, other), np.inf
-            side = np.where(codes == a, 0, np.where((codes >= 0) & ((codes == b) | (b < 0)), 1, -1))
-            of_unit = np.full(len(units.batch), -1)
-            of_unit[use] = stratum
-            errors = _of_cells(data, side, of_unit[units.of_cell], arm, other, stratum, inside)
+    for pair in comparisons(fit, data, **asked, batch=batch):
+        if pair.replicates is None:
+            errors, freedom = Errors(partial(_of_cells, x, library, pair, inside)), np.inf
         else:
-            count_replicates(arm, other, units.replicate[use], names[a])
-            curves = likelihood(arm, other, stratum)
-            block, freedom = _of_replicates(arm, other, stratum, inside)
-            errors = [block]
-        of_set, variance = _means(curves[inside], errors, member)
+            block, freedom = _of_replicates(pair, inside)
+            errors = Errors(partial(list, [block]))
+        of_set, variance = _means(pair.likelihood[inside], errors, member)
         t = stats.t(freedom, of_set, np.sqrt(variance))
         up, down = t.sf(delta), t.cdf(-delta)
         table = pd.DataFrame(
             {
                 "set": list(sets),
-                "group": names[a],
-                "reference": "rest" if b < 0 else names[b],
+                "group": pair.group,
+                "reference": pair.reference,
                 "n_genes": n.astype(int),
                 "n_unknown": [len(set(genes)) for genes in sets.values()] - n.astype(int),
                 "lfc_mean": of_set,
@@ -129,17 +149,23 @@ def gene_sets(
                 "p_de": np.minimum(1, up + down),
             }
         )
-        tables.append(table.iloc[np.lexsort((-np.abs(of_set) / np.sqrt(variance), -np.maximum(up, down)))])
+        likelier = np.maximum(up, down)
+        table["p"] = np.minimum(1, 2 * (1 - likelier))
+        table = table.iloc[np.lexsort((-np.abs(of_set) / np.sqrt(variance), -likelier))]
+        if pair.replicates is not None:
+            table["replicates"], table["replicates_reference"] = pair.replicates
+        tables.append(table if pair.replicated else table.assign(p=np.nan))
     found = pd.concat(tables, ignore_index=True)
-    wrong = 1 - np.maximum(found.p_up, found.p_down)
-    found["fdr_bound"] = stats.false_discovery_control(np.minimum(1, 2 * wrong))
+    p = found.pop("p")
+    found["fdr_bound"] = p
+    found.loc[p.notna(), "fdr_bound"] = stats.false_discovery_control(p.dropna())
     found["is_de"] = found.fdr_bound <= fdr
     return found
 
 
 def _means(
     curves: Float[ndarray, "genes points"],
-    errors: list[Float[ndarray, "_ genes"]],
+    errors: Errors,
     member: Float[ndarray, "genes sets"],
 ) -> tuple[Float[ndarray, "sets"], Float[ndarray, "sets"]]:
     """Return each set's mean fold change, and the variance of its error.
@@ -168,13 +194,13 @@ def _means(
     w = member / (c + s2)[:, None]
     b = s2 / (s2 + c)
     part = w / w.sum(0) * (1 - b @ member / n) + member * b[:, None] / n
-    return mean, own + np.maximum(0, _together(errors, np.sqrt(c)[:, None] * part))
+    return mean, own + np.maximum(0, errors.together(np.sqrt(c)[:, None] * part))
 
 
 def _spread(
     e: Float[ndarray, "genes"],
     c: Float[ndarray, "genes"],
-    errors: list[Float[ndarray, "_ genes"]],
+    errors: Errors,
     member: Float[ndarray, "genes sets"],
 ) -> float:
     """Return s^2, the variance of fold changes about the centre of their set, by moments.
@@ -189,7 +215,7 @@ def _spread(
     total = w.sum(0)
     squares = (w * (e[:, None] - e @ w / total) ** 2).sum()
     # Errors that go together move the centre, and make genes differ from it by less.
-    expected = member.sum(0) - 1 - _together(errors, member / np.sqrt(c)[:, None]) / total
+    expected = member.sum(0) - 1 - errors.together(member / np.sqrt(c)[:, None]) / total
     scale = total - (w**2).sum(0) / total
     return max(_LEAST, (squares - expected.sum()) / scale.sum())
 
@@ -217,64 +243,35 @@ def _membership(
     return member
 
 
-def _together(
-    errors: list[Float[ndarray, "_ genes"]], weights: Float[ndarray, "genes sets"]
-) -> Float[ndarray, "sets"]:
-    """Return the sum over pairs of different genes g, h of w_g w_h times the correlation of their errors.
-
-    Parameters
-    ----------
-    errors
-        What cells, or replicates, contribute to the error of each gene's fold change, up to a factor of the
-        gene: blocks of them.
-    weights
-        w, of each gene in each set.
-    """
-    size = np.sqrt(sum((block**2).sum(0) for block in errors))
-    weights = weights * (size > 0)[:, None]
-    scaled = weights / np.where(size > 0, size, 1)[:, None]
-    return sum(((block @ scaled) ** 2).sum(0) for block in errors) - (weights**2).sum(0)
-
-
 def _pooled(
-    a: Arm, b: Arm, stratum: Int[ndarray, "units"], genes: Int[ndarray, "some"]
+    pair: Comparison, genes: Int[ndarray, "some"]
 ) -> tuple[tuple[ndarray, ndarray], tuple[ndarray, ndarray], ndarray]:
-    """Return counts and totals of each stratum on either side, and what part of the counts is a's."""
-    pool = strata(stratum)
-    (xa, la), (xb, lb) = ((pool @ arm.x[:, genes], (pool @ arm.l)[:, None]) for arm in (a, b))
+    """Return counts and totals of each stratum on either side, and what part of the counts is the group's."""
+    pool = strata(pair.stratum)
+    (xa, la), (xb, lb) = ((pool @ arm.x[:, genes], (pool @ arm.l)[:, None]) for arm in (pair.a, pair.b))
     return (xa, la), (xb, lb), fitted_share(xa, la, xb, lb)
 
 
 def _of_cells(
-    data: Counts,
-    side: Int[ndarray, "cells"],
-    stratum_of_cell: Int[ndarray, "cells"],
-    a: Arm,
-    b: Arm,
-    stratum: Int[ndarray, "units"],
-    genes: Int[ndarray, "some"],
-) -> list[Float[ndarray, "cells some"]]:
-    """Return what each cell contributes to the score of a fold change: how far it is from its side's rate."""
-    (xa, la), (xb, lb), p = _pooled(a, b, stratum, genes)
+    x: sparse.csr_array, library: Float[ndarray, "cells"], pair: Comparison, genes: Int[ndarray, "some"]
+) -> Iterator[Float[ndarray, "_ some"]]:
+    """Yield what cells contribute to the score of a fold change: how far each is from its side's rate."""
+    (xa, la), (xb, lb), p = _pooled(pair, genes)
     rate = np.stack([xa / la, xb / lb], 1)
     weight = np.stack([1 - p, -p], 1)
-    rows = np.flatnonzero((side >= 0) & (stratum_of_cell >= 0))
-    blocks = []
+    rows = np.flatnonzero(pair.side >= 0)
     for some in np.array_split(rows, -(-len(rows) // _CELLS)):
-        place = stratum_of_cell[some], side[some]
-        x = data.x[some][:, genes].toarray()
-        blocks.append((x - data.library[some, None] * rate[place]) * weight[place])
-    return blocks
+        place = pair.stratum_of_cell[some], pair.side[some]
+        yield (x[some].toarray() - library[some, None] * rate[place]) * weight[place]
 
 
-def _of_replicates(
-    a: Arm, b: Arm, stratum: Int[ndarray, "units"], genes: Int[ndarray, "some"]
-) -> tuple[Float[ndarray, "items some"], int]:
+def _of_replicates(pair: Comparison, genes: Int[ndarray, "some"]) -> tuple[Float[ndarray, "items some"], int]:
     """Return what each replicate contributes to the score, and the degrees of freedom that shows.
 
     One with cells on both sides contributes how far its fold change is from the common one.
     """
-    (xa, la), (xb, lb), p = _pooled(a, b, stratum, genes)
+    a, b, stratum = pair.a, pair.b, pair.stratum
+    (xa, la), (xb, lb), p = _pooled(pair, genes)
     paired = ((a.cells > 0) & (b.cells > 0))[np.unique(stratum, return_index=True)[1]]
     blocks, freedom = [(xa - (xa + xb) * p)[paired]], max(0, int(paired.sum()) - 1)
     for arm, x, l, weight in ((a, xa, la, 1 - p), (b, xb, lb, -p)):

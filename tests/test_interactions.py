@@ -176,7 +176,11 @@ def test_a_single_donor_on_a_side_is_warned_of(small):
     adata, fit = small
     donor = np.where((adata.obs.cell_type == "B") & (adata.obs.condition == "stim"), "x", adata.obs.donor)
     with pytest.warns(UserWarning, match="group 'stim, B' has cells of 1 replicates"):
-        interaction(fit, adata, **QUESTION, replicate_key=donor)
+        table = interaction(fit, adata, **QUESTION, replicate_key=donor)
+    assert (table.replicates == 1).all()
+    assert table.expected_fdr.isna().all()
+    assert not table.is_de.any()
+    assert (interaction(fit, adata, **QUESTION, replicate_key="donor").replicates == 8).all()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Mean fold changes of gene sets: known answers, coverage where genes go together, errors."""
 
+import tracemalloc
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import scipy.sparse as sp
 
 from pyrosc import fit_svi, from_anndata, gene_sets
 from pyrosc.criticism import NoStructure
-from pyrosc.sets import _means, _spread, _together
+from pyrosc.sets import Errors, _means, _spread
 from pyrosc.shrinkage import LFC
 
 SIZE = 20
@@ -77,8 +79,9 @@ def test_means_of_sets_are_best_linear_predictions():
     e = rng.normal(0, 0.6, 6)
     curves = np.exp(-0.5 * (LFC - e[:, None]) ** 2 / c[:, None])
     member = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]).T.astype(float)
-    found, variance = _means(curves, [np.eye(6)], member)
-    s2 = _spread(e, c, [np.eye(6)], member)
+    independent = Errors(lambda: [np.eye(6)])
+    found, variance = _means(curves, independent, member)
+    s2 = _spread(e, c, independent, member)
     for i, rows in enumerate((slice(0, 3), slice(3, 6))):
         # Precision of (centre, t), and what e adds to it.
         precision = np.zeros((4, 4))
@@ -99,7 +102,45 @@ def test_errors_that_go_together_are_summed_over_pairs():
         correlation = np.nan_to_num(items.T @ items / np.outer(norms, norms))
     np.fill_diagonal(correlation, 0)
     want = [w @ correlation @ w for w in weights.T]
-    np.testing.assert_allclose(_together([items[:20], items[20:]], weights), want, rtol=1e-10)
+    found = Errors(lambda: [items[:20], items[20:]]).together(weights)
+    np.testing.assert_allclose(found, want, rtol=1e-10)
+
+
+def test_cells_looked_at_some_at_a_time_say_the_same(monkeypatch):
+    adata, some, _ = simulated(0, n=300, n_sets=3, program=0.5, batches=True)
+    _, table = ask(adata, some)
+    monkeypatch.setattr("pyrosc.sets._CELLS", 37)
+    _, other = ask(adata, some)
+    pd.testing.assert_frame_equal(other, table)
+
+
+def test_no_more_than_a_block_of_cells_is_held(monkeypatch):
+    adata, some, _ = simulated(0, n=3000, n_sets=20)
+    adata.X = adata.X.multiply(np.random.default_rng(0).random((3000, 400)) < 0.05).tocsr()
+    data = from_anndata(adata)
+    fit = fit_svi(NoStructure.for_data(data), data, epochs=1, progress=False)
+    peaks = []
+    for cells in (100, 3000):
+        monkeypatch.setattr("pyrosc.sets._CELLS", cells)
+        tracemalloc.start()
+        try:
+            gene_sets(fit, data, some, groupby="side", group="1")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] > 8 * data.n_cells * data.n_genes
+
+
+@pytest.mark.filterwarnings("ignore:group '1' has cells of 1 replicates")
+def test_of_a_single_donor_on_a_side_nothing_is_called():
+    adata, some, _ = simulated(0, n_sets=4, spread=1.0)
+    assert ask(adata, some)[1].is_de.any()
+    adata.obs["donor"] = np.where(adata.obs.side == "1", "x", adata.obs.donor)
+    _, table = ask(adata, some, replicate_key="donor")
+    assert set(zip(table.replicates, table.replicates_reference, strict=True)) == {(1, 8)}
+    assert table.fdr_bound.isna().all()
+    assert not table.is_de.any()
+    assert table.lfc_mean.notna().all()
 
 
 @pytest.mark.parametrize(("n", "mean"), [((30, 1000), 0.003), ((40, 1000), 0.02), ((50, 50), 0.04)])

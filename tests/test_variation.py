@@ -178,6 +178,36 @@ def test_a_single_donor_on_a_side_is_warned_of():
         asked(x, side, donor)
 
 
+@pytest.mark.filterwarnings("ignore:group 'case' has cells of 1 replicates")
+@pytest.mark.parametrize("on_both", [False, True])
+def test_of_a_single_donor_on_a_side_nothing_is_called(on_both):
+    """What its cells show is in the table; whether it is more than what donors differ by nobody knows."""
+    x, side, donor, _ = donors(3, 2 if on_both else 3, 0.2, lfc_sd=1.0)
+    donor = donor if on_both else np.where(side == 1, 9, donor)
+    table = asked(x, side, donor)
+    assert not table.is_de.any()
+    assert table.expected_fdr.isna().all()
+    assert (table.replicates == 1).all()
+    assert (table.p_de > 0.99).sum() > 10
+    assert table[["lfc_mean", "lfc_lower", "lfc_upper"]].notna().all(axis=None)
+    wrong = 1 - table[["p_up", "p_down"]].max(axis=1)
+    assert wrong.clip(lower=1e-9).is_monotonic_increasing
+
+
+@pytest.mark.filterwarnings("ignore:group 'few' has cells of 1 replicates")
+def test_what_a_single_donor_shows_lowers_no_others_false_discovery_rate():
+    x, side, donor, _ = donors(1, 12, 0.2, lfc_sd=1.0, mean=3.0)
+    kind = np.array(["ref", "case"])[side]
+    kind[(donor == donor[side == 1][0]) & (np.arange(len(x)) % 2 == 0)] = "few"
+    both = asked(x, side, donor, groupby=kind, group=["case", "few"], reference="ref")
+    alone = asked(x, side, donor, groupby=kind, group="case", reference="ref")
+    pd.testing.assert_frame_equal(both[both.group == "case"], alone)
+    assert alone.is_de.any()
+    few = both[both.group == "few"]
+    assert not few.is_de.any()
+    assert few.expected_fdr.isna().all()
+
+
 @pytest.mark.parametrize(
     ("told", "error", "says"),
     [
