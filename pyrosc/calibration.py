@@ -12,7 +12,7 @@ from numpy import ndarray
 from scipy.stats import beta
 
 from pyrosc.counts import Counts
-from pyrosc.differential import differential_expression
+from pyrosc.differential import Number, differential_expression
 from pyrosc.groups import groups_of, pairs_of
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
@@ -73,12 +73,18 @@ def null_calibration(
     data: Counts | anndata.AnnData,
     *,
     groupby: Any,
+    group: Any = None,
+    reference: Any = "rest",
+    estimand: str = "mean",
+    delta: Number = 0.25,
     replicate_key: Any = None,
     batch: str | None = "average",
+    n_draws: int = 2000,
+    site: str = "rho",
+    parallel: bool = True,
     nominal: Sequence[float] = (0.01, 0.05, 0.1, 0.2),
     n_permutations: int = 50,
     seed: int = 0,
-    **question: Any,
 ) -> NullCalibration:
     """Ask a question of differential expression again and again, with the groups' labels permuted.
 
@@ -94,7 +100,7 @@ def null_calibration(
 
     Parameters
     ----------
-    fit, data, groupby, replicate_key, batch
+    fit, data, groupby, group, reference, estimand, delta, replicate_key, batch, n_draws, site, parallel
         As of :func:`~pyrosc.differential_expression`.
     nominal
         False discovery rates, between 0 and 1.
@@ -102,8 +108,6 @@ def null_calibration(
         How many, at most: of few replicates there are not as many.
     seed
         Of the permutations, and of the draws.
-    **question
-        Other arguments of :func:`~pyrosc.differential_expression`.
 
     Returns
     -------
@@ -124,10 +128,8 @@ def null_calibration(
         msg = f"n_permutations must be at least 1, not {n_permutations}"
         raise ValueError(msg)
     data = as_counts(data, fit.schema)
-    asked = question | {"replicate_key": replicate_key, "batch": batch, "seed": seed}
-    differential_expression(fit, data, groupby=groupby, **asked)  # raises what there is to raise
     codes, names = groups_of(data, groupby)
-    pairs = pairs_of(codes, names, question.get("group"), question.get("reference", "rest"))
+    pairs = pairs_of(codes, names, group, reference)
     compared = {code for pair in pairs for code in pair}
     if -1 not in compared:  # with the rest all groups are
         codes = np.where(np.isin(codes, list(compared)), codes, -1)
@@ -140,8 +142,22 @@ def null_calibration(
         arrangements = _relabelled(np.where(replicate < 0, -1, codes), replicate, where, n_permutations, rng)
     calls = []
     for labels in arrangements:
-        groups = pd.Categorical.from_codes(labels, pd.Index(names))
-        expected = differential_expression(fit, data, groupby=groups, **asked)["expected_fdr"].to_numpy()
+        table = differential_expression(
+            fit,
+            data,
+            groupby=pd.Categorical.from_codes(labels, pd.Index(names)),
+            group=group,
+            reference=reference,
+            estimand=estimand,
+            delta=delta,
+            replicate_key=replicate_key,
+            batch=batch,
+            n_draws=n_draws,
+            site=site,
+            parallel=parallel,
+            seed=seed,
+        )
+        expected = table["expected_fdr"].to_numpy()
         calls.append((expected[:, None] <= levels).sum(0))
     return NullCalibration(levels, np.array(calls), len(expected))
 

@@ -1,5 +1,7 @@
 """Calls under permuted labels: which labels change places, and what is made of the calls."""
 
+import inspect
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 import scipy.sparse as sp
 from matplotlib.figure import Figure
 
-from pyrosc import calibration, fit_svi, from_anndata, null_calibration, plots
+from pyrosc import calibration, differential_expression, fit_svi, from_anndata, null_calibration, plots
 from pyrosc.calibration import NullCalibration
 
 
@@ -54,7 +56,7 @@ def fit():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The labels of each question asked, the first as they are."""
+    """The labels of each question asked."""
     labels, original = [], calibration.differential_expression
 
     def spy(fit, data, *, groupby, **question):
@@ -82,20 +84,21 @@ def test_a_difference_is_gone_with_the_labels(fit):
 def test_cells_change_labels_within_their_batch(fit, asked):
     adata = simulated()
     null_calibration(fit, adata, **QUESTION, n_permutations=3)
-    first, *others = asked
-    assert len({tuple(labels) for labels in asked}) == 4
-    for labels in others:
+    true = adata.obs.condition.to_numpy()
+    assert len({tuple(labels) for labels in [true, *asked]}) == 4
+    for labels in asked:
         for batch in ("one", "two"):
             mine = (adata.obs.batch == batch).to_numpy()
-            assert sorted(labels[mine]) == sorted(first[mine])
+            assert sorted(labels[mine]) == sorted(true[mine])
 
 
 def test_without_batches_they_change_anywhere(fit, asked):
     adata = simulated()
     null_calibration(fit, adata, **QUESTION, batch=None, n_permutations=1)
     mine = (adata.obs.batch == "one").to_numpy()
-    assert sorted(asked[1]) == sorted(asked[0])
-    assert sorted(asked[1][mine]) != sorted(asked[0][mine])
+    true = adata.obs.condition
+    assert sorted(asked[0]) == sorted(true)
+    assert sorted(asked[0][mine]) != sorted(true[mine])
 
 
 def test_cells_without_a_group_stay_without_one(fit, asked):
@@ -103,25 +106,27 @@ def test_cells_without_a_group_stay_without_one(fit, asked):
     left_out = np.arange(adata.n_obs) % 5 == 0
     labels = adata.obs.condition.where(~left_out)
     null_calibration(fit, adata, groupby=labels, group="case", n_permutations=1)
-    assert (pd.isna(asked[1]) == left_out).all()
+    assert (pd.isna(asked[0]) == left_out).all()
 
 
 def test_groups_that_are_not_asked_about_stay_out(fit, asked):
     adata = simulated()
     labels = adata.obs.condition.where(adata.obs.donor != "d0", "third")
     null_calibration(fit, adata, groupby=labels, group="case", reference="control", n_permutations=1)
-    assert pd.isna(asked[1])[labels == "third"].all()
+    assert pd.isna(asked[0])[labels == "third"].all()
 
 
 def test_replicates_of_one_condition_change_labels_as_wholes(fit, asked):
     adata = simulated()
     null = null_calibration(fit, adata, **QUESTION, replicate_key="donor", batch=None)
     assert len(null.calls) == 9  # of 20 ways to choose 3 of 6 half are mirrors, and one is as it was
-    for labels in asked[1:]:
+    for labels in asked:
         table = pd.crosstab(adata.obs.donor, labels)
         assert ((table > 0).sum(1) == 1).all()
         assert ((table > 0).sum(0) == 3).all()
-    sides = {frozenset(adata.obs.donor[labels == labels[0]]) for labels in asked}
+    sides = {
+        frozenset(adata.obs.donor[labels == labels[0]]) for labels in [adata.obs.condition.to_numpy(), *asked]
+    }
     assert len(sides) == 10
 
 
@@ -129,18 +134,16 @@ def test_in_replicates_of_both_conditions_the_names_change_places(fit, asked):
     adata = simulated()
     null = null_calibration(fit, adata, **QUESTION, replicate_key="sample", batch=None)
     assert len(null.calls) == 7  # 4 samples as they are or not, half of them mirrors, less the true one
-    first, *others = asked
-    for labels in others:
-        same = pd.Series(labels == first).groupby(adata.obs["sample"].to_numpy()).mean()
+    for labels in asked:
+        same = (
+            pd.Series(labels == adata.obs.condition.to_numpy()).groupby(adata.obs["sample"].to_numpy()).mean()
+        )
         assert set(same) == {0.0, 1.0}
 
 
 def test_replicates_that_can_be_labelled_in_one_way_only_are_refused(fit):
     adata = simulated(n_donors=2)
-    with (
-        pytest.warns(UserWarning, match="1 replicates"),
-        pytest.raises(ValueError, match="no other way: two of each group"),
-    ):
+    with pytest.raises(ValueError, match="no other way: two of each group"):
         null_calibration(fit, adata, **QUESTION, replicate_key="donor", batch=None)
 
 
@@ -148,7 +151,7 @@ def test_the_same_seed_gives_the_same_labels_and_calls(fit, asked):
     adata = simulated(lfc=0.3)
     results = [null_calibration(fit, adata, **QUESTION, n_permutations=2, seed=seed) for seed in (0, 0, 1)]
     assert (results[0].calls == results[1].calls).all()
-    first, again, other = (np.concatenate(asked[i : i + 3]) for i in (0, 3, 6))
+    first, again, other = (np.concatenate(asked[i : i + 2]) for i in (0, 2, 4))
     assert (first == again).all()
     assert (first != other).any()
 
@@ -186,6 +189,35 @@ def test_intervals_cover_the_true_rate():
 def test_what_can_not_be_asked_is_refused(wrong, says, fit):
     with pytest.raises(ValueError, match=says):
         null_calibration(fit, simulated(), **{**QUESTION, **wrong})
+
+
+@pytest.mark.parametrize("name", ["fdr", "n_perm"])
+def test_an_argument_that_it_does_not_have_is_no_argument_of_another(name, fit):
+    with pytest.raises(TypeError, match=f"got an unexpected keyword argument '{name}'"):
+        null_calibration(fit, simulated(), **QUESTION, **{name: 1})
+
+
+def test_the_question_has_the_defaults_of_differential_expression():
+    mine, other = (inspect.signature(verb).parameters for verb in (null_calibration, differential_expression))
+    shared = set(mine) & set(other)
+    assert set(other) - shared == {"fdr", "interval"}
+    assert {name: mine[name].default for name in shared} == {name: other[name].default for name in shared}
+
+
+def test_the_question_is_asked_as_told(fit, monkeypatch):
+    told = {}
+    adata, original = simulated(), calibration.differential_expression
+
+    def spy(*args, **question):
+        told.update(question)
+        return original(*args, **question)
+
+    monkeypatch.setattr(calibration, "differential_expression", spy)
+    options = {"group": "case", "reference": "control", "estimand": "cell", "delta": 0.4, "n_draws": 3}
+    options |= {"site": "share", "parallel": False, "batch": "one", "seed": 4}
+    with pytest.raises(KeyError, match="no site 'share'"):
+        null_calibration(fit, adata, groupby="condition", **options)
+    assert {name: told[name] for name in options} == options
 
 
 def test_the_picture_has_a_point_for_each_rate_and_the_line():
