@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrosc.asking import asked, batch_codes, check_draws, columns_of, stream
 from pyrosc.counts import Counts
-from pyrosc.rates import Rates, Size, rate_answers, sizes_of
+from pyrosc.rates import Rates, Size, parts_of, rate_answers, sizes_of
 from pyrosc.reading import IMPUTED
 from pyrosc.summaries import (
     Summary,
@@ -178,17 +178,13 @@ def impute(
     _check_question(what, library, depth, batch, threshold)
     _check_interval(interval)
     check_draws(n_draws)
-    columns = torch.as_tensor(columns_of(fit, data, genes), device=fit.device)
+    columns = columns_of(fit, data, genes)
     data, unit = asked(fit, data), _unit(what, library, depth, threshold)
-    library = 1e4 if what == "log1p" and library is None else library
+    library = {"share": 1.0, "log1p": 1e4}.get(what) if library is None else library
     size = None if library is None else sizes_of(library, data, "library")
     asking: dict[str, Any] = {"n_draws": n_draws, "batch": batch, "parallel": parallel, "seed": seed}
-    answers: Iterator[Summary]
     if what in ("share", "count"):
-        decoded = _decoded(
-            fit, data, columns, own=what == "count", library=size, site=site or "rho", **asking
-        )
-        answers = (of_draws(drawn, interval) for drawn in decoded)
+        answers = _decoded(fit, data, columns, interval, library=size, site=site or "rho", **asking)
     else:
         scale = None
         if size is not None and depth is not None:
@@ -196,7 +192,7 @@ def impute(
             size, scale = new, size / new
         use = _summary(what, scale, threshold, interval)
         answers = rate_answers(fit, data, use, columns, library=size, site=site or "x", **asking)
-    names = np.array(fit.schema.genes)[columns.cpu().numpy()]
+    names = np.array(fit.schema.genes)[columns]
     return _imputation(answers, unit, interval, data.cell_names, names)
 
 
@@ -251,25 +247,26 @@ def impute_proteins(
 def _decoded(
     fit: Fit,
     data: Counts,
-    columns: Tensor,
+    columns: np.ndarray,
+    interval: float,
     *,
-    own: bool,
     library: Tensor | None,
     batch: str | int | None,
     n_draws: int,
     site: str,
     parallel: bool,
     seed: int,
-) -> Iterator[Tensor]:
-    """Yield draws of rho, some cells at a time; of l rho with a library size, or each cell's own."""
-    codes, own = batch_codes(fit, batch), own and library is None
+) -> Iterator[Summary]:
+    """Summarise l rho, some cells at a time; l is the library size asked for, else each cell's own."""
+    codes, own = batch_codes(fit, batch), library is None
     streamed = stream(fit, data, (site,), n_draws, codes, parallel=parallel, seed=seed, library=own)
     for cells, drawn in streamed:
-        rho = drawn[site][..., columns].mean(0)
-        if own:
-            l = drawn["l"].mean(0) if "l" in drawn else cells.library[None]
-            rho = rho * (l if l.ndim == rho.ndim else l[..., None])  # (draws, cells), or has one more
-        yield rho if library is None else rho * library.to(rho)[cells.index]
+        l = cells.library if library is None else library.to(cells.x)[cells.index]
+        if "l" in drawn:
+            l = drawn["l"].mean(0)
+            l = l if l.ndim == 3 else l[..., None]  # (draws, cells), or has one more
+        parts = parts_of(columns, n_draws * len(cells))
+        yield torch.cat([of_draws(drawn[site][..., some].mean(0) * l, interval) for some in parts], -1)
 
 
 def _summary(

@@ -2,7 +2,6 @@
 
 import anndata
 import numpy as np
-import torch
 
 from pyrosc.asking import asked, check_draws, columns_of
 from pyrosc.rates import Size, rate_answers, sizes_of
@@ -66,13 +65,13 @@ def multiple_imputation(
         raise TypeError(msg)
     check_draws(m)
     places = columns_of(fit, data, None)
-    columns, counts = torch.as_tensor(places, device=fit.device), asked(fit, data)
+    counts = asked(fit, data)
     x, done = np.empty((m, counts.n_cells, len(places)), np.float32), 0
     for w in rate_answers(
         fit,
         counts,
         lambda rates, mean, _: mean * rates.draw_factor(),
-        columns,
+        places,
         library=None if library is None else sizes_of(library, counts, "library"),
         batch=batch,
         n_draws=m,

@@ -17,15 +17,21 @@ import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrosc.asking import Answer, answers, batch_codes, cells_second, innermost, site_of, value_of
+from pyrosc.asking import answers, batch_codes, cells_second, innermost, site_of, value_of
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated
 from pyrosc.svi import Fit
+
+Columns = slice | Tensor
+"""Places of genes."""
+
+CACHED = 2**20
+"""Draws x cells x genes whose rates are worked out at a time."""
 
 Size = float | int | Sequence | np.ndarray | pd.Series
 """A number of counts, or one for each cell."""
@@ -144,8 +150,8 @@ def sizes_of(size: Size, data: Counts, name: str) -> Float[Tensor, "cells 1"]:
 def rate_answers(
     fit: Fit,
     data: Counts,
-    use: Callable[[Rates, Tensor, Tensor], Answer],
-    columns: Tensor,
+    use: Callable[[Rates, Tensor, Tensor], Tensor],
+    columns: np.ndarray,
     *,
     library: Tensor | None,
     batch: str | int | None,
@@ -153,7 +159,7 @@ def rate_answers(
     site: str,
     parallel: bool,
     seed: int,
-) -> Iterator[Answer]:
+) -> Iterator[Tensor]:
     """Yield what `use` makes of the rates of each minibatch of cells, and of the mean counts asked for.
 
     Parameters
@@ -163,8 +169,8 @@ def rate_answers(
     use
         Takes the rates, as the cells were measured; mu in the batch and at the library size asked for,
         (draws, cells, columns); and the cells' places in the data. It runs with the fit's random numbers.
-    columns : Tensor of shape (columns,)
-        The genes wanted.
+    columns : ndarray of shape (columns,)
+        Places of the genes wanted; `use` is given some of them at a time.
     library : Tensor of shape (cells, 1), optional
         Library size of each cell, in counts; by default its own.
     batch
@@ -175,21 +181,29 @@ def rate_answers(
     codes = [None] if batch is None else [None, *batch_codes(fit, batch)]
     present = torch.as_tensor(fit.schema.present, device=fit.device)
 
-    def read(cells: Cells, guided: list[Trace], modelled: list[list[Trace]]) -> Answer:
-        def means(there: Sequence[Trace]) -> Tensor:
-            """Return the mean counts in a batch, at the library size asked for, (draws, cells, genes)."""
-            runs = [*zip(there, guided, strict=True)]
-            mean = _means_of([site_of(*run, site) for run in runs], columns)
-            if library is None:
-                return mean
-            return mean * library.to(mean)[cells.index] / torch.cat([_l(*run, cells) for run in runs])
+    def read(cells: Cells, guided: list[Trace], modelled: list[list[Trace]]) -> Tensor:
+        runs = [[*zip(there, guided, strict=True)] for there in zip(*modelled, strict=True)]
+        counts = [_Counts.of([site_of(*run, site) for run in there]) for there in runs]
+        to = None if library is None else library.to(cells.x)[cells.index]
+        scales = [1 if to is None else to / torch.cat([_l(*run, cells) for run in there]) for there in runs]
+        own, *others = zip(counts, scales, strict=True)
 
-        own, *others = zip(*modelled, strict=True)
-        rates = _rates_of([site_of(*run, site) for run in zip(own, guided, strict=True)], columns, present)
-        there = [means(traces) for traces in others or [own]]
-        return use(rates, torch.stack(there).mean(0), cells.index)
+        def answer(some: Columns) -> Tensor:
+            there = [counts.mean(some) * scale for counts, scale in others or [own]]
+            return use(own[0].rates(some, present), torch.stack(there).mean(0), cells.index)
+
+        return torch.cat([answer(some) for some in parts_of(columns, n_draws * len(cells))], -1)
 
     return answers(fit, data, n_draws, codes, read, parallel=parallel, seed=seed)
+
+
+def parts_of(columns: np.ndarray, n_rows: int) -> Iterator[Columns]:
+    """Yield some columns at a time, of which `n_rows` rows stay in the processor's cache."""
+    size = max(1, CACHED // n_rows)
+    for start in range(0, len(columns), size):
+        some = columns[start : start + size]
+        whole = slice(int(some[0]), int(some[-1]) + 1)
+        yield whole if np.array_equal(some, np.arange(whole.start, whole.stop)) else torch.from_numpy(some)
 
 
 def _l(modelled: Trace, guided: Trace, cells: Cells) -> Tensor:
@@ -200,25 +214,42 @@ def _l(modelled: Trace, guided: Trace, cells: Cells) -> Tensor:
     return l if l.ndim == 3 else l[..., None]
 
 
-def _rates_of(sites: Sequence[Site], columns: Int[Tensor, "n"], present: Bool[Tensor, "genes"]) -> Rates:
-    """Return the rates behind the counts of a site, of all runs of the model together."""
-    bases = [_base(innermost(site["fn"])) for site in sites]
-    means, dispersions = zip(*map(_mean_and_inverse_dispersion, bases), strict=True)
-    x = _cellwise(sites, [site["value"] for site in sites], columns)
-    dropout = _cellwise(sites, [_dropout(innermost(site["fn"])) for site in sites], columns)
-    return Rates(
-        likelihood=innermost(sites[0]["fn"]),
-        x=x,
-        mean=_cellwise(sites, means, columns),
-        inverse_dispersion=None if dispersions[0] is None else _cellwise(sites, dispersions, columns),
-        hidden=dropout.where(x == 0, 0.0).masked_fill(~present[columns], 1.0),
-    )
+@dataclass(frozen=True, eq=False)
+class _Counts:
+    """The site of counts in all runs of the model together.
 
+    Attributes
+    ----------
+    sites
+        Of each run.
+    parameters
+        Of each run: mu, theta and the log odds of dropout; None of a distribution without.
+    """
 
-def _means_of(sites: Sequence[Site], columns: Int[Tensor, "n"]) -> Float[Tensor, "draws cells n"]:
-    """Return the mean counts before dropout of a site, of all runs of the model together."""
-    means = [_mean_and_inverse_dispersion(_base(innermost(site["fn"])))[0] for site in sites]
-    return _cellwise(sites, means, columns)
+    sites: Sequence[Site]
+    parameters: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
+
+    @classmethod
+    def of(cls, sites: Sequence[Site]) -> "_Counts":
+        """Return what there is in these."""
+        return cls(sites, [_parameters(innermost(site["fn"])) for site in sites])
+
+    def mean(self, columns: Columns) -> Float[Tensor, "draws cells n"]:
+        """Return the mean counts before dropout."""
+        return _cellwise(self.sites, [mean for mean, _, _ in self.parameters], columns)
+
+    def rates(self, columns: Columns, present: Bool[Tensor, "genes"]) -> Rates:
+        """Return the rates behind the counts of these genes."""
+        x = _cellwise(self.sites, [site["value"] for site in self.sites], columns)
+        _, thetas, gates = zip(*self.parameters, strict=True)
+        mean = self.mean(columns)
+        theta = None if thetas[0] is None else _cellwise(self.sites, thetas, columns)
+        hidden = (~present[columns]).to(x).expand_as(x)
+        if gates[0] is not None:
+            base = Poisson(mean) if theta is None else NegativeBinomial(mean, theta)
+            dropout = ZeroInflated(base, _cellwise(self.sites, gates, columns)).dropout_probability()
+            hidden = dropout.where(x == 0, 0.0).maximum(hidden)
+        return Rates(innermost(self.sites[0]["fn"]), x, mean, theta, hidden)
 
 
 def zero_inflated(counts: Any) -> ZeroInflated:
@@ -235,26 +266,19 @@ def zero_inflated(counts: Any) -> ZeroInflated:
     return counts
 
 
-def _base(counts: Any) -> Any:
-    """Return the distribution of the counts that did not drop out."""
-    return counts.base if isinstance(counts, ZeroInflated) else counts
-
-
-def _dropout(counts: Any) -> Tensor:
-    """Return P(dropout given a zero)."""
-    return counts.dropout_probability() if isinstance(counts, ZeroInflated) else counts.mean.new_zeros(())
-
-
-def _mean_and_inverse_dispersion(counts: Any) -> tuple[Tensor, Tensor | None]:
-    """Return mu and theta, which is None of a Poisson."""
+def _parameters(counts: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return mu, theta, which is None of a Poisson, and the log odds of dropout, None where there is none."""
+    if isinstance(counts, ZeroInflated):
+        mean, theta, _ = _parameters(counts.base)
+        return mean, theta, counts.gate_logits
     if isinstance(counts, Poisson | dist.Poisson):
-        return counts.mean, None
+        return counts.mean, None, None
     if isinstance(counts, NegativeBinomial):
-        return counts.mean, counts.inverse_dispersion
+        return counts.mean, counts.inverse_dispersion, None
     if isinstance(counts, dist.GammaPoisson):
-        return counts.mean, counts.concentration
+        return counts.mean, counts.concentration, None
     if isinstance(counts, dist.NegativeBinomial):
-        return counts.mean, counts.total_count
+        return counts.mean, counts.total_count, None
     msg = (
         f"the rates behind counts are known where these are Poisson or negative binomial, not of "
         f'{type(counts).__name__}: fit a model with likelihood="nb", "zinb", "poisson" or "zip", or ask for '
@@ -263,8 +287,9 @@ def _mean_and_inverse_dispersion(counts: Any) -> tuple[Tensor, Tensor | None]:
     raise TypeError(msg)
 
 
-def _cellwise(sites: Sequence[Site], values: Sequence[Any], columns: Tensor) -> Tensor:
+def _cellwise(sites: Sequence[Site], values: Sequence[Any], columns: Columns) -> Tensor:
     """Return columns of what each site has of every entry, (draws, cells, columns)."""
     shapes = [site["fn"].batch_shape + site["fn"].event_shape for site in sites]
-    parts = zip(values, shapes, sites, strict=True)
-    return torch.cat([cells_second(value.expand(shape), site)[..., columns] for value, shape, site in parts])
+    whole = zip(values, shapes, sites, strict=True)
+    parts = [cells_second(value.expand(shape), site)[..., columns] for value, shape, site in whole]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
