@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "minibatch 256": {"fit": {"minibatch_size": 256}},
     "no KL warm-up": {"fit": {"kl_warmup": 0}},
     "linear variance": {"model": {"dispersion": "gene-linear"}},
+    "bfloat16": {"fit": {"precision": "bfloat16"}},
     "zinb": {"model": {"likelihood": "zinb"}},
     "poisson": {"model": {"likelihood": "poisson"}},
 }

@@ -124,7 +124,10 @@ def _column(node: Any) -> Any:
 
 def _is_room(node: Any, user: Any) -> bool:
     """Say whether one operation alone uses the result of a linear map, which can be written over then."""
-    return node.target in (_aten.addmm.default, _aten.mm.default) and list(node.users) == [user]
+    # (A product of bfloat16 numbers is made float32 by adding the offset, or by a copy: see `precision.py`.)
+    made = node.args[0] if node.target in (_aten.add.Tensor, _aten._to_copy.default) else node
+    is_map = isinstance(made, fx.Node) and made.target in (_aten.addmm.default, _aten.mm.default)
+    return is_map and list(node.users) == [user] and list(made.users) in ([node], [user])
 
 
 def _shape(node: Any) -> tuple[int, ...]:

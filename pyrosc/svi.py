@@ -115,6 +115,7 @@ def fit_svi(
     weight_decay: float | None = None,
     clip_norm: float | None = None,
     elbo: ELBO | type[ELBO] | None = None,
+    precision: str = "float32",
     device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -158,6 +159,9 @@ def fit_svi(
         it has one.
     elbo
         A Pyro ELBO; by default the attribute ``elbo`` of `model`, else :class:`pyro.infer.Trace_ELBO`.
+    precision
+        Of the linear layers' products in training: ``"float32"``, or ``"bfloat16"``, sooner on processors
+        that have it. All else, the parameters, and every question to the fit are float32.
     device
         ``"auto"`` takes CUDA where there is one.
     seed
@@ -209,6 +213,7 @@ def fit_svi(
         patience=patience,
         clip_norm=clip_norm,
         weight_decay=weight_decay,
+        precision=precision,
         seed=seed,
     )
     minibatch_size, seed = int(minibatch_size), int(seed)
@@ -232,6 +237,7 @@ def fit_svi(
         "patience": max(5, epochs // 6) if patience is None else patience,
         "weight_decay": getattr(program, "weight_decay", 0.0) if weight_decay is None else weight_decay,
         "clip_norm": getattr(program, "clip_norm", None) if clip_norm is None else clip_norm,
+        "precision": precision,
         "seed": seed,
         "n_cells": data.n_cells,
         "n_train": len(train_rows),
@@ -294,6 +300,9 @@ def _check_settings(**settings: Any) -> None:
         if settings[name] is not None and not 0 < settings[name] < math.inf:
             msg = f"{name} must be more than 0, not {settings[name]!r}"
             raise ValueError(msg)
+    if settings["precision"] not in ("float32", "bfloat16"):
+        msg = f'precision must be "float32" or "bfloat16", not {settings["precision"]!r}'
+        raise ValueError(msg)
     if not 0 <= settings["validation"] < 1:
         msg = f"validation is a share of the cells, at least 0 and below 1, not {settings['validation']!r}"
         raise ValueError(msg)

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from pyrosc.cells import Cells, Resident
 from pyrosc.objective import loss_and_kl, weighted_loss
 from pyrosc.optimiser import Adam
+from pyrosc.precision import LinearInBfloat16
 from pyrosc.programs import (
     Program,
     check_all_found,
@@ -147,7 +149,8 @@ class _Stepper:
         return loss
 
     def _loss(self, cells: Cells, weight: Tensor) -> Tensor:
-        return weighted_loss(self.problem.elbo, self.problem.model, self.problem.guide, cells, weight)
+        with LinearInBfloat16() if self.settings["precision"] == "bfloat16" else nullcontext():
+            return weighted_loss(self.problem.elbo, self.problem.model, self.problem.guide, cells, weight)
 
     def _step(self, rows: Tensor) -> Tensor:
         loss, gradients = self.gradients(self.problem.train.cells(rows), self.weight_there)

@@ -1,5 +1,7 @@
 """Shares and densities as one loop: what a recorded step did before, but for rounding, and only there."""
 
+import contextlib
+
 import numpy as np
 import pairs
 import pyro
@@ -11,6 +13,7 @@ from torch import nn
 from pyrosc import LDVAE, VAE, VSC, distributions, recording
 from pyrosc.kernels import shares_log_density
 from pyrosc.objective import weighted_loss
+from pyrosc.precision import LinearInBfloat16
 from pyrosc.programs import pair, validating
 from pyrosc.recording import gradients_of, recorded
 
@@ -115,7 +118,7 @@ def replayed(data, monkeypatch):
     whole = data.on("cpu")
     here, there = whole.cells(torch.arange(40)), whole.cells(torch.arange(40, 80))
 
-    def replay(program):
+    def replay(program, how=contextlib.nullcontext):
         graphs, original = [], recording.fuse
         monkeypatch.setattr(recording, "fuse", lambda graph: original(graph) or graphs.append(graph))
         program.train()
@@ -123,7 +126,11 @@ def replayed(data, monkeypatch):
         state = [*program.parameters(), *program.buffers()]
         parameters = [p for p in program.parameters() if p.requires_grad]
         estimate = program.elbo()
-        loss = lambda cells, weight: weighted_loss(estimate, model, guide, cells, weight)
+
+        def loss(cells, weight):
+            with how():
+                return weighted_loss(estimate, model, guide, cells, weight)
+
         gradients = gradients_of(loss, parameters)
         replay = recorded(gradients, state, here, there, torch.tensor(1.0))
         assert replay is not gradients
@@ -162,6 +169,14 @@ def test_a_step_of_a_model_is_the_same_with_the_loop(model, likelihood, library,
     assert n_loops == 1
     assert "pyrosc.log_density.default" not in targets
     assert not [name for name in targets if "softmax" in name]
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_logits_of_bfloat16_products_are_written_over_too(likelihood, data, replayed):
+    model = VAE.for_data(data, likelihood=likelihood)
+    run, replay, n_loops, _ = replayed(model, LinearInBfloat16)
+    assert_same_step(run, replay)
+    assert n_loops == 1
 
 
 class Written(nn.Module):

@@ -571,6 +571,7 @@ def test_parameters_that_are_no_longer_finite_after_the_last_step_raise(data):
         {"learning_rate": math.inf},
         {"kl_weight": 0.0},
         {"clip_norm": 0.0},
+        {"precision": "half"},
         {"validation": 1.0},
         {"validation": -0.1},
         {"validation": math.nan},
