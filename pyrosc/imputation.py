@@ -1,19 +1,18 @@
 """Imputation: what cells express, as a Fit has it, and how sure that is."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from pyrosc.asking import asked, batch_codes, check_draws, columns_of, stream
 from pyrosc.counts import Counts
+from pyrosc.imputed import Imputation, imputation
 from pyrosc.rates import Rates, Size, parts_of, rate_answers, sizes_of
-from pyrosc.reading import IMPUTED
 from pyrosc.summaries import (
     Summary,
     of_draws,
@@ -24,76 +23,6 @@ from pyrosc.summaries import (
     of_repaired,
 )
 from pyrosc.svi import Fit
-
-
-@dataclass(frozen=True, eq=False)
-class Imputation:
-    """Imputed expression of each cell and gene, and how sure it is.
-
-    Attributes
-    ----------
-    mean, sd, lower, upper : ndarray of shape (cells, genes), float32
-        Posterior mean and standard deviation, and a central interval of probability `interval`.
-    unit : str
-        What the numbers are, and their unit.
-    interval : float
-    cell_names, gene_names : ndarray of str
-    """
-
-    mean: np.ndarray
-    sd: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    unit: str
-    interval: float
-    cell_names: np.ndarray
-    gene_names: np.ndarray
-
-    def __repr__(self) -> str:
-        cells, genes = self.mean.shape
-        return (
-            f"Imputation of {cells} cells x {genes} genes: {self.unit}; posterior mean and sd, "
-            f"and {self.interval:.0%} interval in lower and upper"
-        )
-
-    @property
-    def information(self) -> np.ndarray:
-        """How much is known of each entry, from 0, nothing but that it is one of these cells, to 1, all.
-
-        One less the entry's posterior variance over the gene's total variance over these cells, the mean
-        posterior variance and the variance of posterior means. 0 where the entry is less sure than a random
-        cell would be, and of a gene without any variance. Shape (cells, genes), float32.
-        """
-        variance = self.sd.astype(np.float64) ** 2
-        total = variance.mean(0) + self.mean.var(0, dtype=np.float64)
-        known = 1 - np.divide(variance, total, out=np.ones_like(variance), where=total > 0)
-        return known.clip(0, 1).astype(np.float32)
-
-    def to_layer(self, adata: anndata.AnnData, name: str) -> None:
-        """Write the posterior mean into a layer, and what it is into ``uns["pyrosc_imputed"]``.
-
-        :func:`~pyrosc.from_anndata` refuses such a layer: imputed values are no counts.
-
-        Parameters
-        ----------
-        adata
-            Cells x genes, all of them imputed here; they are matched by name.
-        name
-            Of the layer. One that was imputed before is replaced.
-
-        Raises
-        ------
-        ValueError
-            If a cell or gene was not imputed, names are not unique, or there is such a layer of other values.
-        """
-        noted = dict(adata.uns.get(IMPUTED, {}))
-        if name == "X" or (name in adata.layers and name not in noted):
-            msg = f"adata has {name!r}, which is not imputed: choose another name, or delete that layer first"
-            raise ValueError(msg)
-        rows = _places(self.cell_names, adata.obs_names, "cells")
-        columns = _places(self.gene_names, adata.var_names, "genes")
-        adata.layers[name] = self.mean[rows[:, None], columns]
-        adata.uns[IMPUTED] = {**noted, name: f"posterior mean of {self.unit}"}
 
 
 def impute(
@@ -111,6 +40,9 @@ def impute(
     site: str | None = None,
     parallel: bool = True,
     seed: int = 0,
+    dtype: str = "float32",
+    store: str | Path | None = None,
+    progress: bool = True,
 ) -> Imputation:
     """Return the posterior mean, sd and interval of each cell's expression of each gene.
 
@@ -146,7 +78,8 @@ def impute(
         Of ``"repaired"``: zeros that are dropouts with more than this probability become the mean count, and
         other zeros stay (the rule of DCA).
     genes
-        Names of the genes to return, in this order; by default all of the fit's, in the order of `data`.
+        Names of the genes to return, in this order; by default all of the fit's, in the order of `data`. The
+        network decodes all, since shares sum to 1; what is drawn, and its quantiles, are of these alone.
     n_draws
         Posterior draws of each cell.
     interval
@@ -155,6 +88,14 @@ def impute(
     site
         Name of the site of shares, by default ``"rho"``; unless `what` is one of these two, name of the site
         of counts, by default ``"x"``.
+    dtype
+        Of the answer: ``"float32"``, or ``"float16"``, of half the size, three digits, and values up to
+        65504. Shares, of which most are less than it can hold, have the first only.
+    store
+        Path of a new folder: the answer is written there as four zarr arrays, some cells at a time, and is
+        nowhere in memory as a whole. By default numpy arrays.
+    progress
+        Show a progress bar, of what takes more than two seconds.
 
     Returns
     -------
@@ -166,7 +107,9 @@ def impute(
     Raises
     ------
     ValueError
-        If `what` is another one, a gene or batch is unknown, or a number is out of range.
+        If `what` or `dtype` is another one, a gene or batch is unknown, or a number is out of range.
+    FileExistsError
+        If there is something at `store`. On any other error nothing is left there.
     TypeError
         If the likelihood is one whose rates are not known, or, to be repaired, without zero inflation.
 
@@ -174,9 +117,14 @@ def impute(
     -----
     Parameters of the model are taken as known. A gene that the data of a query lack has the decoder's
     opinion alone. Imputed values are no counts: put no test to them, but to the fit.
+
+    Posterior means invent correlations between genes: what two genes share through the cell's state stays,
+    and the noise in which they differ is gone. Take none from them: repeat the analysis on each data set of
+    :func:`~pyrosc.multiple_imputation`.
     """
     _check_question(what, library, depth, batch, threshold)
     _check_interval(interval)
+    _check_dtype(dtype, what)
     check_draws(n_draws)
     columns = columns_of(fit, data, genes)
     data, unit = asked(fit, data), _unit(what, library, depth, threshold)
@@ -193,7 +141,9 @@ def impute(
         use = _summary(what, scale, threshold, interval)
         answers = rate_answers(fit, data, use, columns, library=size, site=site or "x", **asking)
     names = np.array(fit.schema.genes)[columns]
-    return _imputation(answers, unit, interval, data.cell_names, names)
+    return imputation(
+        answers, unit, interval, data.cell_names, names, dtype=dtype, store=store, progress=progress
+    )
 
 
 def impute_proteins(
@@ -241,7 +191,7 @@ def impute_proteins(
     streamed = stream(fit, data, (site,), n_draws, batch_codes(fit, batch), parallel=parallel, seed=seed)
     values = (of_draws(drawn[site].mean(0), interval) for _, drawn in streamed)
     names = np.array(fit.schema.proteins)
-    return _imputation(values, "counts of proteins without background", interval, data.cell_names, names)
+    return imputation(values, "counts of proteins without background", interval, data.cell_names, names)
 
 
 def _decoded(
@@ -339,35 +289,16 @@ def _check_question(
         raise ValueError(msg)
 
 
-def _places(have: np.ndarray, want: pd.Index, kind: str) -> np.ndarray:
-    """Return where each name stands."""
-    if np.array_equal(have, want):
-        return np.arange(len(have))
-    if not (pd.Index(have).is_unique and want.is_unique):
-        msg = f"names of {kind} are not unique and can't be matched: make them unique, and impute again"
+def _check_dtype(dtype: str, what: str) -> None:
+    if dtype not in ("float32", "float16"):
+        msg = f'dtype must be "float32" or "float16", not {dtype!r}'
         raise ValueError(msg)
-    places = pd.Index(have).get_indexer(want)
-    if missing := [str(name) for name in want[places < 0]]:
-        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        msg = f"{len(missing)} of adata's {len(want)} {kind} were not imputed ({some}): select others"
+    if dtype == "float16" and what == "share":
+        msg = 'shares are too small for float16: ask for what="count", library=1e4, or for dtype="float32"'
         raise ValueError(msg)
-    return places
 
 
 def _check_interval(interval: float) -> None:
     if not 0 < interval < 1:
         msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)
-
-
-def _imputation(
-    answers: Iterator[Summary], unit: str, interval: float, cell_names: np.ndarray, names: np.ndarray
-) -> Imputation:
-    """Put together what was answered, some cells at a time."""
-    done, summary = 0, np.empty((4, len(cell_names), len(names)), np.float32)
-    for answer in answers:
-        n = answer.shape[1]
-        summary[:, done : done + n] = answer.cpu().numpy()
-        done += n
-    mean, sd, lower, upper = summary
-    return Imputation(mean, sd, lower, upper, unit, interval, cell_names, names)

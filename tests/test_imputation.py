@@ -10,11 +10,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import zarr
 from scipy import stats
 from torch import nn
+from tqdm.auto import tqdm
 
 import pyrosc
-from pyrosc import asking, from_anndata, multiple_imputation, summaries
+from pyrosc import asking, from_anndata, imputation, imputed, multiple_imputation, summaries
 from pyrosc.asking import draws
 from pyrosc.criticism import baseline
 from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated
@@ -365,6 +367,23 @@ def test_genes_chosen_are_those_columns_and_streaming_changes_no_mean(monkeypatc
     np.testing.assert_allclose(pieces.mean, whole.mean, rtol=1e-6)
 
 
+@pytest.mark.parametrize("what", ["rate", "predictive", "repaired"])
+def test_only_the_genes_chosen_are_worked_out(what, rich_fit, rich, monkeypatch):
+    seen = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+        made = lambda *args: seen.append(tuple((result := original(*args)).shape)) or result
+        monkeypatch.setattr(owner, name, made)
+
+    watched(ZeroInflated, "dropout_probability")
+    watched(torch, "_standard_gamma")
+    watched(torch, "poisson")
+    impute(rich_fit, rich, what, genes=["gene_30", "gene_2"], n_draws=3)
+    assert len(seen) >= 2
+    assert {shape[-1] for shape in seen} == {2}
+
+
 def test_a_gene_that_was_not_measured_has_the_decoders_opinion_alone():
     fit, adata = known(X, MEAN, THETA, GATE)
     fit = replace(fit, schema=replace(fit.schema, absent=("g2",)))
@@ -655,6 +674,79 @@ def test_information_is_one_less_the_share_of_the_variance_that_is_left():
 def test_its_repr_says_what_it_is(what, words):
     fit, adata = known(X, MEAN, THETA, GATE)
     assert words in repr(impute(fit, adata, what, n_draws=2))
+
+
+# --- its numbers, in memory and on disk
+
+FIELDS = ("mean", "sd", "lower", "upper")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_on_disk_are_the_numbers_of_memory(vae_fit, data, adata, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(asking, "ELEMENTS", 3 * 40 * 30)  # 30 cells at a time, and the last 20
+    asked = {"what": "count", "n_draws": 3, "dtype": dtype}
+    memory = impute(vae_fit, data, **asked)
+    disk = impute(vae_fit, data, **asked, store=tmp_path / "imputed")
+    for name in FIELDS:
+        array = getattr(disk, name)
+        assert isinstance(array, zarr.Array)
+        assert array.dtype == getattr(memory, name).dtype == dtype
+        np.testing.assert_array_equal(array[:], getattr(memory, name))
+        again = zarr.open_array(str(tmp_path / "imputed" / name), mode="r")
+        np.testing.assert_array_equal(again[:], getattr(memory, name))
+    assert repr(disk) == repr(memory)
+    np.testing.assert_array_equal(disk.information, memory.information)
+    few = adata[::-3, 5:30].copy()
+    disk.to_layer(few, "imputed")
+    np.testing.assert_array_equal(few.layers["imputed"], memory.mean[::-3, 5:30])
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(vae_fit, few, tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "kept").touch()
+    with pytest.raises(FileExistsError, match="there is there already: name another folder to store to, or"):
+        impute(vae_fit, few, store=str(there))
+    assert [path.name for path in there.iterdir()] == ["kept"]
+    monkeypatch.setattr(asking, "ELEMENTS", 1)
+    place, seen = tmp_path / "new", []
+
+    def broken(drawn, interval):
+        seen.append((place / "upper").exists())
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return summaries.of_draws(drawn, interval)
+
+    monkeypatch.setattr(imputation, "of_draws", broken)
+    with pytest.raises(KeyboardInterrupt):
+        impute(vae_fit, few, store=place)
+    assert seen == [False] + [True] * 4
+    assert not place.exists()
+
+
+def test_half_precision_keeps_three_digits_and_says_what_it_cannot_hold():
+    fit, adata = known(X, MEAN, THETA, GATE)
+    for what in ("rate", "predictive", "log1p", "repaired"):
+        half, whole = (impute(fit, adata, what, n_draws=9, dtype=d) for d in ("float16", "float32"))
+        for name in FIELDS:
+            assert getattr(half, name).dtype == np.float16
+            np.testing.assert_allclose(getattr(half, name), getattr(whole, name), rtol=5e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r'float16 has no room for .*: ask for dtype="float32", or for'):
+        impute(fit, adata, "rate", library=1e7, dtype="float16")
+    with pytest.raises(ValueError, match=r"shares are too small for float16: .*library=1e4"):
+        impute(fit, adata, dtype="float16")
+    with pytest.raises(ValueError, match=r'dtype must be "float32" or "float16", not \'float64\''):
+        impute(fit, adata, "rate", dtype="float64")
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_progress_bar_is_of_what_takes_long(slow, few, vae_fit, capsys, monkeypatch):
+    monkeypatch.setattr(asking, "ELEMENTS", 1)
+    monkeypatch.setattr(imputed, "tqdm", lambda **kw: tqdm(**kw | {"delay": 0 if slow else kw["delay"]}))
+    impute(vae_fit, few, n_draws=2)
+    assert ("12/12" in capsys.readouterr().err) == slow
+    impute(vae_fit, few, n_draws=2, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 # --- multiple imputation
