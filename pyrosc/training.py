@@ -55,7 +55,7 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
     state = _checked(problem, settings)
     step = _Stepper(problem, state, settings)
     rows: list[dict[str, float]] = []
-    best, best_loss, kept = 0, math.inf, state
+    best, best_loss, kept = 0, math.inf, [tensor.detach().clone() for tensor in state]
     with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
         for epoch in range(settings["epochs"]):
             losses, interrupted = _epoch(problem, step)
@@ -76,7 +76,7 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
             # to its end no epoch is final.
             if not (warm and rows[-1]["validation"] >= best_loss):
                 best, best_loss = epoch, rows[-1]["validation"] if warm else math.inf
-                kept = [tensor.detach().clone() for tensor in state]
+                restore(kept, state)
             if interrupted or (warm and epoch - best >= settings["patience"]):
                 break
     with torch.no_grad():
