@@ -20,6 +20,7 @@ from torch.distributions import Independent
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
+from pyrosc.programs import is_plate
 from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
@@ -176,12 +177,16 @@ def site_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Any:
     """Return a site of the model, or else of the guide; raise if neither has it."""
     trace = modelled if name in modelled.nodes else guided
     if name not in trace.nodes or trace.nodes[name]["type"] != "sample":
-        known = sorted(
-            name for name in {*modelled.nodes, *guided.nodes} if name not in ("_INPUT", "_RETURN", "_draws")
-        )
-        msg = f"no site {name!r}; the programs have {known}"
+        known = {*sites_of(modelled), *sites_of(guided)}
+        msg = f"no site {name!r}; the programs have {sorted(known)}"
         raise KeyError(msg)
     return trace.nodes[name]
+
+
+def sites_of(trace: poutine.Trace) -> list[str]:
+    """Return the names of a program's sites, without plates."""
+    nodes = trace.nodes.items()
+    return [name for name, site in nodes if site["type"] == "sample" and not is_plate(site)]
 
 
 def value_of(modelled: poutine.Trace, guided: poutine.Trace, name: str) -> Tensor:
@@ -217,17 +222,34 @@ def seed_of(seed: int, i: int) -> int:
     return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
 
 
+def check_fit(fit: Any) -> None:
+    """Raise unless it is one: a model, too, has many of its names."""
+    if not isinstance(fit, Fit):
+        msg = (
+            f"a question is put to a Fit, not to {type(fit).__name__}: pyrosc.fit_svi(model, data) makes "
+            "one; it stands first, before the data"
+        )
+        raise TypeError(msg)
+
+
+def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
+    """Return the data in the genes and codes of the fit; raise if there are no cells, or there is no fit."""
+    check_fit(fit)
+    counts = as_counts(data, fit.schema)
+    if not counts.n_cells:
+        msg = "no cells: the selection is empty"
+        raise ValueError(msg)
+    return counts
+
+
 def asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
     """Return the data as the fit knows it; raise if it has parameters only of the cells it was fitted to."""
-    counts = as_counts(data, fit.schema)
+    counts = counts_of(fit, data)
     if fit.settings.get("parameters_of_each_cell") and counts.n_cells != fit.settings["n_train"]:
         msg = (
             f"the fit has parameters of each of its {fit.settings['n_train']} cells and can't be asked about "
             f"{counts.n_cells}: ask about all, in the order of the fit, and choose from the answer"
         )
-        raise ValueError(msg)
-    if not counts.n_cells:
-        msg = "no cells: the selection is empty"
         raise ValueError(msg)
     return completed(fit, counts) if fit.schema.absent else counts
 
@@ -270,8 +292,11 @@ def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Coun
     return replace(data, x=x)
 
 
-def check_draws(n_draws: int) -> None:
+def check_draws(n_draws: Any) -> None:
     """Raise unless it is a number of draws."""
+    if not isinstance(n_draws, int | np.integer):
+        msg = f"n_draws must be a whole number, not {n_draws!r}"
+        raise TypeError(msg)
     if n_draws < 1:
         msg = f"n_draws must be at least 1, not {n_draws}"
         raise ValueError(msg)
@@ -293,6 +318,7 @@ def batch_codes(fit: Fit, batch: str | int | None) -> list[int | None]:
 
 def columns_of(fit: Fit, data: Counts | anndata.AnnData, genes: Sequence[str] | None) -> np.ndarray:
     """Return where the genes asked for stand in the fit; by default its genes, in the order of the data."""
+    check_fit(fit)
     places = {name: i for i, name in enumerate(fit.schema.genes)}
     if genes is None:
         have = map(str, data.var_names) if isinstance(data, anndata.AnnData) else data.schema.genes

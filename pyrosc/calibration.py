@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.stats import beta
 
+from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, differential_expression
 from pyrosc.groups import groups_of, pairs_of
-from pyrosc.reading import as_counts
 from pyrosc.svi import Fit
 
 
@@ -82,7 +82,7 @@ def null_calibration(
     n_draws: int = 2000,
     site: str = "rho",
     parallel: bool = True,
-    nominal: Sequence[float] = (0.01, 0.05, 0.1, 0.2),
+    nominal: float | Sequence[float] = (0.01, 0.05, 0.1, 0.2),
     n_permutations: int = 50,
     seed: int = 0,
 ) -> NullCalibration:
@@ -103,7 +103,7 @@ def null_calibration(
     fit, data, groupby, group, reference, estimand, delta, replicate_key, batch, n_draws, site, parallel
         As of :func:`~pyrosc.differential_expression`.
     nominal
-        False discovery rates, between 0 and 1.
+        A false discovery rate between 0 and 1, or several.
     n_permutations
         How many, at most: of few replicates there are not as many.
     seed
@@ -120,14 +120,14 @@ def null_calibration(
         If a nominal rate or `n_permutations` is out of range, no other labelling exists, or the question
         can't be asked.
     """
-    levels = np.asarray(nominal, dtype=np.float64)
+    levels = np.atleast_1d(np.asarray(nominal, dtype=np.float64))
     if not (levels.ndim == 1 and levels.size and ((levels > 0) & (levels < 1)).all()):
         msg = f"nominal names false discovery rates between 0 and 1, not {nominal!r}"
         raise ValueError(msg)
     if n_permutations < 1:
         msg = f"n_permutations must be at least 1, not {n_permutations}"
         raise ValueError(msg)
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
     codes, names = groups_of(data, groupby)
     pairs = pairs_of(codes, names, group, reference)
     compared = {code for pair in pairs for code in pair}

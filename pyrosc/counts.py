@@ -198,7 +198,8 @@ class Counts:
             )
             raise ValueError(msg)
         else:
-            batch = _recode(self.batch, self.schema.batches, schema.batches, batch_key)
+            remedy = "; pyrosc.fit_query(fit, data) trains what belongs to new batches"
+            batch = _recode(self.batch, self.schema.batches, schema.batches, batch_key, remedy)
         labels = _recode(self.labels, self.schema.labels, schema.labels, schema.labels_key, unknown_ok=True)
         return replace(
             self,
@@ -233,19 +234,28 @@ def places(have: Sequence[str], want: Sequence[str] | np.ndarray) -> np.ndarray:
     missing = [name for name, place in zip(want, places, strict=True) if place < 0]
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        msg = f"{len(missing)} of the fit's {len(want)} genes are missing from this data: {some}"
+        msg = (
+            f"{len(missing)} of the fit's {len(want)} genes are missing from this data: {some}; give it with "
+            "all of them, or, if its batches are new, pyrosc.fit_query(fit, data): it can do without some"
+        )
         raise ValueError(msg)
     return places
 
 
 def _recode(
-    codes: np.ndarray, have: Sequence[str], want: Sequence[str], key: str | None, *, unknown_ok: bool = False
+    codes: np.ndarray,
+    have: Sequence[str],
+    want: Sequence[str],
+    key: str | None,
+    remedy: str = "",
+    *,
+    unknown_ok: bool = False,
 ) -> np.ndarray:
     """Translate codes into the fit's: the same name, its code there; -1 stays."""
     table = np.array([want.index(name) if name in want else -1 for name in have] + [-1])
     unknown = sorted({have[code] for code in np.unique(codes) if code >= 0 and table[code] < 0})
     if unknown and not unknown_ok:
-        msg = f"{key}: the fit does not know {', '.join(unknown)}; it knows {', '.join(want)}"
+        msg = f"{key}: the fit does not know {', '.join(unknown)}; it knows {', '.join(want)}{remedy}"
         raise ValueError(msg)
     return table[codes]
 

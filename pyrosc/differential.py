@@ -19,10 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from pyrosc.asking import draws
+from pyrosc.asking import check_draws, counts_of, draws
 from pyrosc.counts import Counts
 from pyrosc.groups import check_batch, comparisons
-from pyrosc.reading import as_counts
 from pyrosc.shrinkage import Posterior, shrink
 from pyrosc.svi import Fit
 from pyrosc.variation import Arm
@@ -159,7 +158,11 @@ def summarise(
     lfc, delta, interval, prior_de
         See :func:`compare`.
     """
-    if isinstance(lfc, ndarray):
+    if not isinstance(lfc, Posterior):
+        lfc = np.asarray(lfc)
+        if lfc.ndim != 2 or lfc.dtype.kind != "f":
+            msg = f"draws of fold changes are floats, draws x genes, not {lfc.dtype} of shape {lfc.shape}"
+            raise ValueError(msg)
         if not (lfc.size and np.isfinite(lfc).all()):
             msg = (
                 "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
@@ -351,7 +354,7 @@ def differential_expression(
     check_numbers(delta, fdr, interval)
     _check_estimand(estimand, n_draws, replicate_key)
     batch = None if batch is None else str(batch)
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
     check_batch(fit, batch)
     asked = {"groupby": groupby, "group": group, "reference": reference, "replicate_key": replicate_key}
     eps = 0.01 / float(np.median(data.library))
@@ -406,9 +409,7 @@ def _check_estimand(estimand: str, n_draws: int, replicate_key: Any) -> None:
     if estimand == "cell" and replicate_key is not None:
         msg = 'replicates are of the means\' question: give estimand="mean", or no replicate_key'
         raise ValueError(msg)
-    if n_draws < 1:
-        msg = f"n_draws must be at least 1, not {n_draws}"
-        raise ValueError(msg)
+    check_draws(n_draws)
 
 
 def _log_odds(p: Any, least: float) -> Any:
@@ -446,6 +447,9 @@ def _cells(
         ]
         for pair in zip(*streams, strict=True):
             rho = [drawn[site][0] for drawn in pair]
+            if rho[0].shape[-1] != data.n_genes:
+                msg = f"site {site!r} has {rho[0].shape[-1]} entries a cell, not a share of each gene"
+                raise ValueError(msg)
             for a, b in zip(*(r.split(64) for r in rho), strict=True):  # (turned piece by piece: faster)
                 lfc[:, done : done + len(a)] = ((a + eps) / (b + eps)).log2_().T
                 done += len(a)

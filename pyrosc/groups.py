@@ -34,6 +34,10 @@ def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarra
             )
             raise ValueError(msg)
         groupby = groupby.loc[names]  # by its own names of cells, in whatever order
+    if len(np.shape(groupby)) != 1:
+        kind = type(groupby).__name__
+        msg = f"{what} names a column of obs, or has one value for each cell; {kind} is neither"
+        raise ValueError(msg)
     if len(groupby) != data.n_cells:
         msg = (
             f"{what} has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
@@ -57,9 +61,13 @@ def pairs_of(codes: ndarray, names: list[str], group: Any, reference: Any) -> li
         asked = [name for name in names if n[name] and name != reference]
     else:
         asked = [str(name) for name in ([group] if isinstance(group, str) or np.isscalar(group) else group)]
+    if not any(n.values()):
+        msg = "no cell is in a group: groupby has a value, not NaN, for those that are to be compared"
+        raise ValueError(msg)
     for name in asked + [reference] * (not rest):
         if name not in n:
-            msg = f"no group {name!r}; there are {', '.join(names)}"
+            other = ', or "rest"' if name == reference else ""
+            msg = f"no group {name!r}; there are {', '.join(names)}{other}"
             raise ValueError(msg)
     if not asked or reference in asked or len(set(asked)) < len(asked):
         msg = f"can't compare {asked} with {reference!r}: name other groups, each once, or another reference"
@@ -212,6 +220,12 @@ def comparable(
 
     A unit that has both sides is compared with itself, the others with those of their batch.
     """
+    if min(a.n, b.n) < 2:
+        msg = (
+            f"group {name!r} has {a.n} cells and its reference {b.n}, each needs 2 at least: leave it out, "
+            "or merge it with another"
+        )
+        raise ValueError(msg)
     asked = batch in (None, "average") or of_batch == batches.index(batch)
     own = -1 - np.arange(len(of_batch))  # no batch has such a code
     stratum = np.where((a.cells > 0) & (b.cells > 0), own, of_batch)

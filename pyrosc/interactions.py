@@ -10,10 +10,10 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.signal import fftconvolve
 
+from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, by_evidence, check_numbers, decide, summarise
 from pyrosc.groups import compared, groups_of, pairs_of, units_of
-from pyrosc.reading import as_counts
 from pyrosc.shrinkage import shrink
 from pyrosc.svi import Fit
 
@@ -82,7 +82,7 @@ def interaction(
     have all four share some, and intervals are then wider than they need be.
     """
     check_numbers(delta, fdr, interval)
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
     kind, levels = groups_of(data, by, "by")
     baseline = str(baseline)
     batch = None if batch is None else str(batch)

@@ -23,6 +23,7 @@ from pyrosc.asking import (
     rows_of,
     run,
     seed_of,
+    sites_of,
 )
 from pyrosc.counts import Counts
 from pyrosc.rates import zero_inflated
@@ -91,6 +92,7 @@ def posterior_predictive(
         One for each draw, float32. Columns are the fit's genes in the order of `data`, so that of an AnnData
         with just these genes each can become a layer. A site that is not of the genes stays as it is.
     """
+    check_draws(n_draws)
     parts: list[list[sp.csr_matrix]] = [[] for _ in range(n_draws)]
     columns = columns_of(fit, data, None)
     for drawn in draws(fit, data, site, n_draws=n_draws, batch=batch, parallel=parallel, seed=seed):
@@ -137,8 +139,9 @@ def dropout_probability(
         If the likelihood has no zero inflation.
     """
     check_draws(n_draws)
-    columns = torch.as_tensor(columns_of(fit, data, genes), device=fit.device)
-    data, present = asked(fit, data), torch.as_tensor(fit.schema.present, device=fit.device)
+    places = columns_of(fit, data, genes)
+    data, columns = asked(fit, data), torch.as_tensor(places, device=fit.device)
+    present = torch.as_tensor(fit.schema.present, device=fit.device)
     parts = []
     for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
         with fit.asking(seed_of(seed, i)):
@@ -153,7 +156,7 @@ def dropout_probability(
 def _mean(trace: poutine.Trace, name: str) -> Tensor:
     """Return the mean of a guide's site given what it depends on; its draw where no mean is known."""
     if name not in trace.nodes:
-        msg = f"the guide has no site {name!r}; it has {[*trace.stochastic_nodes]}"
+        msg = f"the guide has no site {name!r}; it has {sites_of(trace)}"
         raise KeyError(msg)
     site = trace.nodes[name]
     # An autoguide's site is a point at what this site drew; on the real line the two are the same.

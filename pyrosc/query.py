@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from pyrosc.asking import completed
+from pyrosc.asking import check_fit, completed
 from pyrosc.counts import Counts, Schema
 from pyrosc.persist import recipe_of
 from pyrosc.reading import as_counts, read_as
@@ -61,6 +61,7 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
     ----------
     Lotfollahi et al., Mapping single-cell data to reference atlases by transfer learning, 2022.
     """
+    check_fit(fit)
     schema, counts = _extended(fit.schema, data)
     if recipe_of(fit) is None:
         msg = f"{type(fit.program).__name__} was not made by for_data alone: it can't be made again"

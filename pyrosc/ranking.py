@@ -76,6 +76,10 @@ def to_scanpy(table: pd.DataFrame, adata: anndata.AnnData, key_added: str = "ran
 
 
 def _check(table: pd.DataFrame, adata: anndata.AnnData) -> None:
+    if not isinstance(table, pd.DataFrame) or table.empty:
+        what = "an empty table" if isinstance(table, pd.DataFrame) else type(table).__name__
+        msg = f"the table of differential_expression stands first, then adata; {what} has no rows to write"
+        raise ValueError(msg)
     if missing := [name for name in _COLUMNS if name not in table]:
         msg = f"the table has no column {', '.join(missing)}: give one of pyrosc.differential_expression"
         raise KeyError(msg)

@@ -128,7 +128,10 @@ def as_counts(data: Counts | anndata.AnnData, schema: Schema | None = None) -> C
             return from_anndata(data)
         data = read_as(data, schema)
     if not isinstance(data, Counts):
-        msg = f"data must be an AnnData or pyrosc.Counts, not {type(data).__name__}"
+        msg = (
+            f"data must be an AnnData or pyrosc.Counts, not {type(data).__name__}; of an array or a table, "
+            "cells x genes, anndata.AnnData(...) makes one"
+        )
         raise TypeError(msg)
     return data if schema is None else data.like(schema)
 

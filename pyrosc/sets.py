@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy import sparse, stats
 
+from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, check_numbers
 from pyrosc.groups import Comparison, comparisons
-from pyrosc.reading import as_counts
 from pyrosc.shrinkage import LFC
 from pyrosc.svi import Fit
 from pyrosc.variation import fitted_share, strata
@@ -115,7 +115,7 @@ def gene_sets(
     """
     check_numbers(delta, fdr, interval)
     batch = None if batch is None else str(batch)
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
     sets = _listed(sets)
     member = _membership(sets, fit.schema.genes, fit.schema.present)
     inside = np.flatnonzero(member.any(1))
@@ -220,9 +220,13 @@ def _spread(
     return max(_LEAST, (squares - expected.sum()) / scale.sum())
 
 
+def _is_list(genes: Any) -> bool:
+    return isinstance(genes, Iterable) and not isinstance(genes, str)
+
+
 def _listed(sets: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Return the sets with their genes as lists; raise where they are none."""
-    if not sets or any(isinstance(genes, str) or genes is None for genes in sets.values()):
+    if not (isinstance(sets, Mapping) and sets and all(map(_is_list, sets.values()))):
         msg = 'sets is a dict of lists of genes\' names, {"name of a set": ["gene", ...]}'
         raise ValueError(msg)
     return {name: list(genes) for name, genes in sets.items()}

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrosc.asking import asked, draws, innermost, rows_of, run, seed_of
+from pyrosc.asking import asked, check_fit, draws, innermost, rows_of, run, seed_of
 from pyrosc.counts import Counts
 from pyrosc.reading import as_counts
 from pyrosc.spike_slab import SpikeSlab
@@ -228,6 +228,7 @@ def zero_inflation(fit: Fit) -> pd.Series:
 
 
 def _property(fit: Fit, name: str, example: str) -> Tensor:
+    check_fit(fit)
     try:
         return getattr(fit.program, name)
     except AttributeError:

@@ -194,6 +194,7 @@ def test_a_single_donor_on_a_side_is_warned_of(small):
         ({"group": "nobody"}, ValueError, "no group 'nobody'"),
         ({"reference": "rest"}, ValueError, "reference names a group"),
         ({"delta": -1}, ValueError, "at least 0"),
+        ({"by": "condition", "baseline": "ctrl"}, ValueError, "'stim, ctrl' has 0 cells .* leave it out"),
     ],
 )
 def test_what_can_not_be_asked_is_refused(wrong, error, says, small):

@@ -1,5 +1,8 @@
 """Questions to a fit, against known answers."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pairs
 import pyro
@@ -399,11 +402,75 @@ def test_wrong_questions_are_told_why(vae_fit, data, adata):
     ):
         with pytest.raises(KeyError, match=r"no site 'w'.*z"):
             ask()
-    with pytest.raises(ValueError, match="gene_0"):
+    with pytest.raises(ValueError, match=r"1 of the fit's 40 genes are missing .* gene_0; .*fit_query"):
         latent(vae_fit, adata[:, 1:].copy())
+    elsewhere = adata.copy()
+    elsewhere.obs["batch"] = "moon"
+    with pytest.raises(ValueError, match=r"does not know moon; it knows batch_0, batch_1; .*fit_query"):
+        latent(vae_fit, elsewhere)
+    with pytest.raises(ValueError, match="no cells"):
+        latent(vae_fit, few[:0])
     del adata.obs["batch"]
     with pytest.raises(KeyError, match="batch"):
         latent(vae_fit, adata)
+
+
+WRONG = {
+    **{
+        f"pyrosc.{verb}": "TypeError: a question is put to a Fit, not to VAE: pyrosc.fit_svi(model, data)"
+        for verb in (
+            "latent(model, adata)",
+            "impute(model, adata)",
+            "posterior_predictive(model, adata)",
+            "dropout_probability(model, adata)",
+            "log_likelihood(model, adata)",
+            "elbo(model, adata)",
+            "draws(model, adata, 'z')",
+            "clusters(model, adata)",
+            "loadings(model)",
+            "fit_query(model, adata)",
+            "multiple_imputation(model, adata, 2)",
+            "differential_expression(model, adata, groupby='side')",
+            "gene_sets(model, adata, {'a': ['0']}, groupby='side')",
+            "interaction(model, adata, groupby='side', group='a', reference='b', by='side', baseline='a')",
+            "null_calibration(model, adata, groupby='side')",
+        )
+    },
+    "pyrosc.latent(adata, fit)": "TypeError: a question is put to a Fit, not to AnnData",
+    "pyrosc.impute(adata, fit)": "TypeError: a question is put to a Fit, not to AnnData",
+    "pyrosc.latent(fit, fit)": "TypeError: data must be an AnnData or pyrosc.Counts, not Fit",
+    "pyrosc.latent(fit, adata.X)": "not ndarray; of an array or a table, cells x genes, anndata.AnnData(",
+    "pyrosc.latent(fit, adata, 2.5)": "TypeError: n_draws must be a whole number, not 2.5",
+    "pyrosc.compare(adata.X[0])": "ValueError: draws of fold changes are floats, draws x genes, not float32",
+    "pyrosc.compare(adata.X.astype(int))": "draws of fold changes are floats, draws x genes, not int64",
+    "pyrosc.gene_sets(fit, adata, ['0'], groupby='side')": "ValueError: sets is a dict of lists",
+    "pyrosc.gene_sets(fit, adata, {'a': 0}, groupby='side')": "ValueError: sets is a dict of lists",
+    "pyrosc.differential_expression(fit, adata, groupby=None)": "ValueError: groupby names a column of obs",
+    "pyrosc.to_scanpy(adata, None)": "the table of differential_expression stands first, then adata",
+}
+"""What is said of them, where nothing checks types: in a process without the tests' hook."""
+
+
+def test_what_stands_in_the_wrong_place_is_named():
+    program = f"""
+import warnings, anndata, numpy, pyrosc
+warnings.simplefilter("ignore")
+adata = anndata.AnnData(numpy.ones((6, 3), "float32"))
+adata.obs["side"] = ["a", "b"] * 3
+before = adata.copy()
+model = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(4,))
+fit = pyrosc.fit_svi(model, adata, epochs=1, progress=False, device="cpu")
+for use in {list(WRONG)}:
+    try:
+        print("answered:", eval(use))
+    except Exception as error:
+        print(type(error).__name__ + ":", error)
+assert adata.obs.equals(before.obs) and not (adata.uns or adata.obsm or adata.layers)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for said, (use, what) in zip(done.stdout.splitlines(), WRONG.items(), strict=True):
+        assert what in said, use
 
 
 def test_a_single_cell_is_asked_like_others(vae_fit, rich_fit, data, rich):
