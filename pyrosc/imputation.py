@@ -89,8 +89,8 @@ def impute(
         Name of the site of shares, by default ``"rho"``; unless `what` is one of these two, name of the site
         of counts, by default ``"x"``.
     dtype
-        Of the answer: ``"float32"``, or ``"float16"``, of half the size, three digits, and values up to
-        65504. Shares, of which most are less than it can hold, have the first only.
+        Of the answer: ``"float32"``, or ``"float16"``: half the size, three digits, values up to 65504.
+        Shares, most of which are less than it can hold, are not given in it.
     store
         Path of a new folder: the answer is written there as four zarr arrays, some cells at a time, and is
         nowhere in memory as a whole. By default numpy arrays.
@@ -107,7 +107,8 @@ def impute(
     Raises
     ------
     ValueError
-        If `what` or `dtype` is another one, a gene or batch is unknown, or a number is out of range.
+        If `what` or `dtype` is another one, a gene or batch is unknown, a number is out of range, or a value
+        is too large for float16.
     FileExistsError
         If there is something at `store`. On any other error nothing is left there.
     TypeError
@@ -242,13 +243,9 @@ def _unit(what: str, library: Size | None, depth: Size | None, threshold: float 
     """Return what the numbers are, and their unit."""
 
     def size(number: Size | None) -> str:
-        return (
-            "of the cell"
-            if number is None
-            else f"{number:g}"
-            if np.ndim(number) == 0
-            else "given of the cell"
-        )
+        if number is None:
+            return "of the cell"
+        return f"{number:g}" if np.ndim(number) == 0 else "given for the cell"
 
     at = f"library size {size(1e4 if what == 'log1p' and library is None else library)}"
     logs = "rates of the cell's own counts" if depth is None else f"new counts at depth {size(depth)}, taken"

@@ -5,8 +5,9 @@ A negative binomial count is a Poisson whose rate is the decoder's mean times a 
     x ~ Poisson(w),    w = mu u,    u ~ Gamma(theta, theta)
 
 With u summed out x is NB(mu, theta); given x the factor is Gamma(theta + x, theta + mu), so that w is
-Gamma(theta + x, theta / mu + 1). The factor of a Poisson is 1. A count that says nothing of its rate, one
-that dropped out or was not measured, leaves the factor as it was.
+Gamma(theta + x, theta / mu + 1), and the count of a new measurement of the cell, x' ~ Poisson(w), is
+negative binomial with inverse dispersion theta + x. The factor of a Poisson is 1. A count that says nothing
+of its rate, one that dropped out or was not measured, leaves the factor as it was.
 """
 
 from collections.abc import Callable, Iterator, Sequence
