@@ -48,5 +48,5 @@ def alra(x: np.ndarray, seed: int = 0) -> np.ndarray:
         if kept.sum() > 1 and len(positive) > 1 and gene[kept].std() > 0:
             scaled = (gene[kept] - gene[kept].mean()) / gene[kept].std(ddof=1)
             gene[kept] = np.maximum(0, scaled * positive.std(ddof=1) + positive.mean())
-    low = np.where((low == 0) & (logs > 0), logs, low)
-    return np.expm1(low) * size / 1e4
+    counts = np.expm1(np.where((low == 0) & (logs > 0), logs, low))
+    return counts / counts.sum(1, keepdims=True) * size
