@@ -29,6 +29,7 @@ only), pydeseq2 on the donors' sums, donors in the design where they have both s
 
     python benchmarks/differential.py --data DIR --peer-python PEER/bin/python
     python benchmarks/differential.py --parts simulated --seeds 0 1 2
+    python benchmarks/differential.py --parts simulated splatter --contestants scvi --peer-python PEER/bin/python
     python benchmarks/differential.py --smoke
 """
 
@@ -242,7 +243,7 @@ def contestants(adata: ad.AnnData, seed: int, options: argparse.Namespace) -> li
         known.append(("scvi", lambda cells: by_scvi(cells, options.peer_python, seed, fit)))
     if options.deseq2_python and "donor" in adata.obs and seed >= 0:
         known.append(("deseq2", lambda cells: by_deseq2(cells, options.deseq2_python)))
-    return known
+    return [(name, ask) for name, ask in known if name in (options.contestants or [name])]
 
 
 def part_halves(options: argparse.Namespace) -> Iterator[dict]:
@@ -339,6 +340,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deseq2-python", type=Path, help="an interpreter that has pydeseq2")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
     parser.add_argument("--scvi-seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--contestants", nargs="+", help="only these; by default all that are at hand")
     parser.add_argument("--output", type=Path, help="default benchmarks/results; none for --smoke")
     parser.add_argument("--smoke", action="store_true", help="few cells, one seed, no file")
     return parser.parse_args()
