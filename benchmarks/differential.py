@@ -29,7 +29,7 @@ only), pydeseq2 on the donors' sums, donors in the design where they have both s
 
     python benchmarks/differential.py --data DIR --peer-python PEER/bin/python
     python benchmarks/differential.py --parts simulated --seeds 0 1 2
-    python benchmarks/differential.py --parts simulated splatter --contestants scvi --peer-python PEER/bin/python
+    python benchmarks/differential.py --contestants scvi --peer-python PEER/bin/python
     python benchmarks/differential.py --smoke
 """
 
