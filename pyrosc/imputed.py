@@ -119,8 +119,10 @@ def imputation(
             for answer in answers:
                 n = answer.shape[1]
                 arrays = arrays or _arrays(store, (len(cell_names), len(gene_names)), n, dtype)
-                for array, values in zip(arrays.values(), answer.cpu().numpy(), strict=True):
-                    array[done : done + n] = _as(values, dtype)
+                values = answer.cpu().numpy()
+                _check_room(values, dtype)
+                for array, part in zip(arrays.values(), values, strict=True):
+                    array[done : done + n] = part
                 done += n
                 bar.update(n)
     except BaseException:
@@ -154,12 +156,11 @@ def _arrays(store: str | Path | None, shape: tuple[int, int], n_rows: int, dtype
     }
 
 
-def _as(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the values in that type; raise if one is too large for it."""
+def _check_room(values: np.ndarray, dtype: str) -> None:
+    """Raise if a value is too large for the type."""
     if (most := np.abs(values).max()) > np.finfo(dtype).max:
         msg = f'{dtype} has no room for {most:.4g}: ask for dtype="float32", or for a smaller library size'
         raise ValueError(msg)
-    return values.astype(dtype, copy=False)
 
 
 def _places(have: np.ndarray, want: pd.Index, kind: str) -> np.ndarray:

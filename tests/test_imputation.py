@@ -844,3 +844,9 @@ def test_the_moments_and_quantiles_over_draws_are_numpys(n_draws):
         for ours, at in ((low, share), (high, 1 - share)):
             theirs = np.quantile(values.numpy(), at, 0, method="weibull")
             np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interval_of_counts_reaches_out_to_whole_ones():
+    low, high = summaries._whole((torch.tensor([0.55, 2.0]), torch.tensor([3.2, 4.0])))
+    assert low.tolist() == [0, 2]
+    assert high.tolist() == [4, 4]
