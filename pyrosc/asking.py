@@ -132,6 +132,7 @@ def answers(
             guided, modelled = run(fit, cells, n_draws, codes, parallel=parallel)
             _check_guided(guided[0], modelled[0][0])
             answer = read(cells, guided, modelled)
+            del guided, modelled  # or they would be there while the next are made
         # The consumer runs outside of the fit's context: two fits may be asked in turns.
         yield answer
 

@@ -3,12 +3,14 @@
     python deseq2_de.py FOLDER
 
 FOLDER holds cells.h5ad (counts in X; obs["side"], "0" or "1", and obs["donor"]). Counts are summed over the
-cells of each donor on each side; the design is the side, and the donor too where donors have both. It gets
-answer.csv: for each gene lfc_mean (log2), stat and padj.
+cells of each donor on each side; the design is the side, and the donor too where donors have both. job.json
+says `beyond` which log2 fold change a gene is to be, 0 for any. It gets answer.csv: for each gene lfc_mean
+(log2), stat and padj.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -37,7 +39,9 @@ def main(folder: Path) -> None:
     design = "~donor + side" if paired.sum() > 1 else "~side"
     data = DeseqDataSet(counts=counts, metadata=about, design=design, quiet=True)
     data.deseq2()
-    found = DeseqStats(data, contrast=["side", "s1", "s0"], quiet=True)
+    beyond = json.loads((folder / "job.json").read_text())["beyond"]
+    told = {"lfc_null": beyond, "alt_hypothesis": "greaterAbs"} if beyond else {}
+    found = DeseqStats(data, contrast=["side", "s1", "s0"], quiet=True, **told)
     found.summary()
     table = found.results_df
     table.rename(columns={"log2FoldChange": "lfc_mean"})[["lfc_mean", "stat", "padj"]].to_csv(
