@@ -150,7 +150,9 @@ def by_scvi(adata: ad.AnnData, python: Path, seed: int, fit: dict) -> pd.DataFra
 
 def by_deseq2(adata: ad.AnnData, python: Path, beyond: float = 0.0) -> pd.DataFrame:
     """Ask pydeseq2 in an interpreter of its own; genes that it leaves out are not called."""
-    table = answer(adata, python, "deseq2_de.py", {"beyond": beyond}).fillna({"lfc_mean": 0, "stat": 0, "padj": 1})
+    table = answer(adata, python, "deseq2_de.py", {"beyond": beyond}).fillna(
+        {"lfc_mean": 0, "stat": 0, "padj": 1}
+    )
     return result(table.lfc_mean, table.padj, np.argsort(-table.stat.abs(), kind="stable").argsort())
 
 
