@@ -18,7 +18,7 @@ from pyrosc.differential import Number, check_numbers
 from pyrosc.groups import Comparison, comparisons
 from pyrosc.shrinkage import LFC
 from pyrosc.svi import Fit
-from pyrosc.variation import fitted_share, strata
+from pyrosc.variation import fitted_share, one_on_each_side, strata
 
 _CELLS = 4096  # looked at together
 _KNOWN, _LEAST = 0.25, 0.05**2  # variances of a fold change: of a known one, and of those of a set at least
@@ -272,11 +272,11 @@ def _of_cells(
 def _of_replicates(pair: Comparison, genes: Int[ndarray, "some"]) -> tuple[Float[ndarray, "items some"], int]:
     """Return what each replicate contributes to the score, and the degrees of freedom that shows.
 
-    One with cells on both sides contributes how far its fold change is from the common one.
+    A pair of single ones on either side contributes how far its fold change is from the common one.
     """
     a, b, stratum = pair.a, pair.b, pair.stratum
     (xa, la), (xb, lb), p = _pooled(pair, genes)
-    paired = ((a.cells > 0) & (b.cells > 0))[np.unique(stratum, return_index=True)[1]]
+    paired = one_on_each_side(a, b, stratum)
     blocks, freedom = [(xa - (xa + xb) * p)[paired]], max(0, int(paired.sum()) - 1)
     for arm, x, l, weight in ((a, xa, la, 1 - p), (b, xb, lb, -p)):
         mine = (arm.cells > 0) & ~paired[stratum]

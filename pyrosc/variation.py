@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 _CELLS = 4096  # summed at a time, so that little is copied
@@ -131,9 +131,10 @@ def between_replicates(
         v + tau^2 (r sum l)^2,    v = r sum l + phi r^2 sum l^2
 
     about r sum l, with the rate r of its arm and stratum. Replicates of one side show tau^2 by how far they
-    are from their common rate. One with cells on both sides has a stratum and a rate r of its own, and a
-    tau^2 on either side; such pairs show it by how far their fold changes are from the common one (Mantel and
-    Haenszel, 1959). Both by moments, with what the common rate or fold change takes up of the squares
+    are from their common rate. A stratum with a single replicate on either side (one that has cells on both
+    has a stratum of its own, or one against one in a batch) has a rate r of its own, and a tau^2 on either
+    side; such pairs show it by how far their fold changes are from the common one (Mantel and Haenszel,
+    1959). Both by moments, with what the common rate or fold change takes up of the squares
     counted, and drawn together as in :func:`dispersion`.
 
     Parameters
@@ -149,9 +150,11 @@ def between_replicates(
     -------
     tuple of ndarray, or None
         tau^2, and the variance of the error that it may have. None if no stratum of an arm has two
-        replicates, and no two have cells on both sides.
+        replicates, and no two have a single one on either side.
     """
-    parts = [_within_side(a, phi[0], stratum), _within_side(b, phi[1], stratum), _within_pairs(a, b, phi)]
+    single = one_on_each_side(a, b, stratum)[stratum]
+    matched = [arm[_in_order(stratum, single & (arm.cells > 0))] for arm in (a, b)]
+    parts = [_within_side(a, phi[0], stratum), _within_side(b, phi[1], stratum), _within_pairs(*matched, phi)]
     excess = sum((residual**2 - w * known).sum(0) for w, residual, known, _ in parts)
     scale = sum((w * factor).sum(0) for w, _, _, factor in parts)
     if not scale.any():
@@ -183,6 +186,18 @@ def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
     return (stratum == np.arange(stratum.max() + 1)[:, None]).astype(float)
 
 
+def one_on_each_side(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> Bool[ndarray, "strata"]:
+    """Say which strata have a single replicate in either arm."""
+    pool = strata(stratum)
+    return (pool @ (a.cells > 0) == 1) & (pool @ (b.cells > 0) == 1)
+
+
+def _in_order(stratum: Int[ndarray, "units"], chosen: Bool[ndarray, "units"]) -> Int[ndarray, "some"]:
+    """Return places of the chosen units, stratum by stratum."""
+    places = np.flatnonzero(chosen)
+    return places[np.argsort(stratum[places], kind="stable")]
+
+
 _Part = tuple[ndarray, ndarray, ndarray, ndarray]
 """Weights w, residuals e, variance v and factor f: the expected squares e^2 are w (v + tau^2 f)."""
 
@@ -197,9 +212,7 @@ def _within_side(arm: Arm, phi: Float[ndarray, "genes"], stratum: Int[ndarray, "
 
 
 def _within_pairs(a: Arm, b: Arm, phi: Sequence[Float[ndarray, "genes"]]) -> _Part:
-    """Return how far replicates with cells on both sides are from their common fold change."""
-    both = (a.cells > 0) & (b.cells > 0)
-    a, b = a[both], b[both]
+    """Return how far pairs of replicates, one on either side, are from their common fold change."""
     la, lb = a.l[:, None], b.l[:, None]
     p = fitted_share(a.x, la, b.x, lb)
     x = a.x + b.x

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from pyrosc import differential_expression, fit_svi, variation
+from pyrosc import differential_expression, fit_svi, from_anndata, variation
 from pyrosc.groups import comparable
 from pyrosc.shrinkage import LFC, likelihood, shrink
 from pyrosc.variation import between_replicates, dispersion, sums
@@ -79,6 +79,17 @@ def test_noise_of_a_variance_is_how_much_it_varies(paired, n_donors, monkeypatch
     assert 0.9 < claimed / empirical < (1.25 if n_donors == 24 and not paired else 1.7)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.35])
+def test_donors_one_on_each_side_of_a_batch_show_it_too(tau):
+    found = []
+    for seed in range(3):
+        one, zero, _ = arms_of(*donors(seed, 12, tau)[:3])
+        stratum = np.arange(12) // 2  # a donor of either side in each of six batches
+        tau2, _ = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
+        found.append(tau2.mean())
+    np.testing.assert_allclose(np.mean(found), tau**2, rtol=0.15, atol=0.003)
+
+
 def test_one_replicate_a_side_says_nothing_of_their_variance():
     one, zero, stratum = arms_of(*donors(0, 2, 0.3)[:3])
     assert between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)]) is None
@@ -128,11 +139,14 @@ class Shares(torch.nn.Module):
         pass
 
 
-def asked(x, side, donor, **told):
+def asked(x, side, donor, batches=None, **told):
     names = [f"cell {i}" for i in range(len(x))]
     obs = pd.DataFrame({"side": np.array(["ref", "case"])[side], "donor": [f"d{i}" for i in donor]}, names)
     adata = ad.AnnData(sp.csr_matrix(x), obs=obs)
-    fit = fit_svi(Shares(x.shape[1]), adata, epochs=1, progress=False)
+    if batches is not None:
+        adata.obs["batch"] = [f"b{i}" for i in batches]
+    data = from_anndata(adata, batch_key=None if batches is None else "batch")
+    fit = fit_svi(Shares(x.shape[1]), data, epochs=1, progress=False)
     told = {"groupby": "side", "group": "case", "replicate_key": "donor"} | told
     return differential_expression(fit, adata, **told)
 
@@ -145,6 +159,15 @@ def test_donors_that_differ_are_no_difference_of_their_groups(paired):
     assert (table.replicates == (6 if paired else 3)).all()
     assert (table.replicates_reference == (6 if paired else 3)).all()
     assert asked(x, side, donor, replicate_key=None).is_de.sum() > 3
+
+
+def test_donors_one_on_each_side_of_a_batch_are_no_difference_of_their_groups():
+    x, side, donor, lfc = donors(0, 8, 0.35, equal=True)
+    table = asked(x, side, donor, batches=donor // 2)
+    assert not table.is_de.any()
+    lfc = lfc[table.gene.astype(int)]
+    assert ((table.lfc_lower <= lfc) & (lfc <= table.lfc_upper)).mean() > 0.85
+    assert (table.replicates == 4).all()
 
 
 def test_fold_changes_beyond_what_donors_do_are_found():
