@@ -293,13 +293,13 @@ def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Coun
     return replace(data, x=x)
 
 
-def check_draws(n_draws: Any) -> None:
+def check_draws(n_draws: Any, name: str = "n_draws") -> None:
     """Raise unless it is a number of draws."""
     if not isinstance(n_draws, int | np.integer):
-        msg = f"n_draws must be a whole number, not {n_draws!r}"
+        msg = f"{name} must be a whole number, not {n_draws!r}"
         raise TypeError(msg)
     if n_draws < 1:
-        msg = f"n_draws must be at least 1, not {n_draws}"
+        msg = f"{name} must be at least 1, not {n_draws}"
         raise ValueError(msg)
 
 

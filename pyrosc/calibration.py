@@ -157,7 +157,13 @@ def null_calibration(
             parallel=parallel,
             seed=seed,
         )
-        expected = table["expected_fdr"].to_numpy()
+        expected = table["expected_fdr"].dropna().to_numpy()
+        if not len(expected):
+            msg = (
+                "with fewer than two replicates on a side nothing is called, and there are no false calls "
+                "to count: ask without replicate_key, or of groups with more replicates"
+            )
+            raise ValueError(msg)
         calls.append((expected[:, None] <= levels).sum(0))
     return NullCalibration(levels, np.array(calls), len(expected))
 

@@ -63,7 +63,7 @@ def multiple_imputation(
     if not isinstance(data, anndata.AnnData):
         msg = f"data must be an AnnData, of which copies are made, not {type(data).__name__}"
         raise TypeError(msg)
-    check_draws(m)
+    check_draws(m, "m")
     places = columns_of(fit, data, None)
     counts = asked(fit, data)
     x, done = np.empty((m, counts.n_cells, len(places)), np.float32), 0

@@ -154,7 +154,11 @@ def between_replicates(
     """
     single = one_on_each_side(a, b, stratum)[stratum]
     matched = [arm[_in_order(stratum, single & (arm.cells > 0))] for arm in (a, b)]
-    parts = [_within_side(a, phi[0], stratum), _within_side(b, phi[1], stratum), _within_pairs(*matched, phi)]
+    parts = [
+        _within_side(a, phi[0], stratum),
+        _within_side(b, phi[1], stratum),
+        _within_pairs(matched[0], matched[1], phi),
+    ]
     excess = sum((residual**2 - w * known).sum(0) for w, residual, known, _ in parts)
     scale = sum((w * factor).sum(0) for w, _, _, factor in parts)
     if not scale.any():

@@ -147,6 +147,14 @@ def test_replicates_that_can_be_labelled_in_one_way_only_are_refused(fit):
         null_calibration(fit, adata, **QUESTION, replicate_key="donor", batch=None)
 
 
+def test_where_nothing_can_be_called_there_is_nothing_to_count(fit):
+    """One replicate against three."""
+    cells = simulated(n_donors=4)
+    cells.obs["condition"] = np.where(cells.obs.donor == "d0", "case", "control")
+    with pytest.warns(UserWarning, match="replicate"), pytest.raises(ValueError, match="fewer than two rep"):
+        null_calibration(fit, cells, replicate_key="donor", n_permutations=2, **QUESTION)
+
+
 def test_the_same_seed_gives_the_same_labels_and_calls(fit, asked):
     adata = simulated(lfc=0.3)
     results = [null_calibration(fit, adata, **QUESTION, n_permutations=2, seed=seed) for seed in (0, 0, 1)]
