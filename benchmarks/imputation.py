@@ -111,8 +111,7 @@ def peers(
         "alra": lambda: alra(x, seed=seed),
     }
     for name, impute in known.items():
-        start = time.perf_counter()
-        yield Peer(name, impute(), {"seconds": time.perf_counter() - start})
+        yield Peer(name, impute(), {})
     jobs: list[tuple[str, Path | None, str, dict]] = [
         ("magic", options.magic_python, "magic_impute.py", {"reverse": False}),
         ("magic, reversed", options.magic_python, "magic_impute.py", {"reverse": True}),
@@ -127,8 +126,8 @@ def peers(
         jobs.append(("scvi-tools", options.peer_python, "scvi_impute.py", job))
     for name, python, script, job in jobs:
         if python:
-            found, answer = ask(train, python, script, job | {"seed": seed})
-            yield Peer(name, answer.pop("mean").astype(np.float64), found, **answer)
+            versions, answer = ask(train, python, script, job | {"seed": seed})
+            yield Peer(name, answer.pop("mean").astype(np.float64), {"versions": versions}, **answer)
 
 
 def ask(train: ad.AnnData, python: Path, script: str, job: dict) -> tuple[dict, dict[str, np.ndarray]]:
@@ -139,22 +138,22 @@ def ask(train: ad.AnnData, python: Path, script: str, job: dict) -> tuple[dict, 
             sparse.save_npz(folder / f"{part}.npz", sparse.csr_matrix(train.X))
         (folder / "job.json").write_text(json.dumps(job))
         subprocess.run([python, PEERS / script, folder], check=True, stdout=subprocess.DEVNULL)
-        return json.loads((folder / "result.json").read_text()), dict(np.load(folder / "answer.npz"))
+        versions = json.loads((folder / "result.json").read_text())["versions"]
+        return versions, dict(np.load(folder / "answer.npz"))
 
 
 def ours(
     train: ad.AnnData, told: dict, seed: int, options: argparse.Namespace
-) -> Iterator[tuple[str, pyrosc.Fit, dict]]:
+) -> Iterator[tuple[str, pyrosc.Fit]]:
     """Yield each fit of ours; one to the same counts is made once."""
     counts = hash(train.X.data.tobytes())
     for name, (model, settings) in told.items():
         if (counts, name, seed) not in options.fits:
-            start = time.perf_counter()
             data = pyrosc.from_anndata(train)
             program = model.for_data(data, seed=seed, **settings)
             fit = pyrosc.fit_svi(program, data, seed=seed, progress=False, **options.fit)
-            options.fits[counts, name, seed] = fit, {"seconds": time.perf_counter() - start}
-        yield name, *options.fits[counts, name, seed]
+            options.fits[counts, name, seed] = fit
+        yield name, options.fits[counts, name, seed]
 
 
 # --- data
@@ -267,8 +266,8 @@ def part_mcv(options: argparse.Namespace) -> Iterator[dict]:
             train, test = thinned(adata, seed)
             score = CrossValidation(train, test)
             row = {"setting": setting, "seed": seed}
-            for name, fit, found in ours(train, OURS, seed, options):
-                mine = row | {"contestant": name} | found
+            for name, fit in ours(train, OURS, seed, options):
+                mine = row | {"contestant": name}
                 for what in ("count", "rate"):
                     counts = imputed(fit, train, what)
                     yield mine | {"answer": what} | score.counts(counts)
@@ -317,9 +316,9 @@ def at_own_depth(
     train: ad.AnnData, seed: int, options: argparse.Namespace
 ) -> Iterator[tuple[str, str, np.ndarray, dict]]:
     """Yield contestant, answer and counts of every method."""
-    for name, fit, found in ours(train, OURS, seed, options):
+    for name, fit in ours(train, OURS, seed, options):
         for what in ("count", "rate"):
-            yield name, what, imputed(fit, train, what), found
+            yield name, what, imputed(fit, train, what), {}
     for peer in peers(train, seed, options):
         yield peer.name, "counts", peer.counts, peer.found
 
@@ -331,7 +330,7 @@ def part_coverage(options: argparse.Namespace) -> Iterator[dict]:
             tenth = np.array_split(np.argsort(np.asarray(train.X.mean(0)).ravel()), 10)
             some = np.random.default_rng(seed).permutation(train.n_obs)[:COVERED]
             y = test.X[some].toarray()
-            for name, fit, found in ours(train, OURS, seed, options):
+            for name, fit in ours(train, OURS, seed, options):
                 cells = train[some].copy()
                 u = ranks(fit, cells, y, options.draws, seed)
                 new = {"library": total(cells).ravel() * ODDS, "n_draws": options.draws}
@@ -340,7 +339,7 @@ def part_coverage(options: argparse.Namespace) -> Iterator[dict]:
                     "pit": (u >= 0.05) & (u <= 0.95),
                     "interval": (whole.lower <= y) & (y <= whole.upper),
                 }
-                row = {"setting": setting, "seed": seed, "contestant": name, "answer": "predictive"} | found
+                row = {"setting": setting, "seed": seed, "contestant": name, "answer": "predictive"}
                 row["mean_of_decile"] = [float(y[:, genes].mean() / ODDS) for genes in tenth]
                 yield row | {
                     kind: [float(v[:, genes].mean()) for genes in tenth] for kind, v in inside.items()
@@ -382,13 +381,13 @@ def part_truth(options: argparse.Namespace) -> Iterator[dict]:
                 p = peer.pi / (peer.pi + (1 - peer.pi) * zero_anyway)
                 found |= dropout_scores(p[zero], lost)
             yield row | {"contestant": peer.name, "answer": "counts"} | peer.found | found
-        for name, fit, found in ours(adata, OURS | INFLATED, seed, options):
+        for name, fit in ours(adata, OURS | INFLATED, seed, options):
             dropouts = {}
             if name in INFLATED:
                 dropouts = dropout_scores(pyrosc.dropout_probability(fit, adata)[zero], lost)
             for what in ("count", "rate"):
                 scores = rate_scores(imputed(fit, adata, what), adata.layers["rate"])
-                yield row | {"contestant": name, "answer": what} | found | scores | dropouts
+                yield row | {"contestant": name, "answer": what} | scores | dropouts
 
 
 def rate_scores(counts: np.ndarray, rate: np.ndarray) -> dict:
@@ -421,7 +420,7 @@ def part_correlation(options: argparse.Namespace) -> Iterator[dict]:
                         "values": mean_correlation(values[:, null]),
                     }
                 )
-            for name, fit, found in ours(adata, OURS, seed, options):
+            for name, fit in ours(adata, OURS, seed, options):
                 answers = {what: imputed(fit, adata, what) for what in ("share", "rate", "log1p")}
                 answers["draw"] = pyrosc.multiple_imputation(fit, adata, 1, seed=seed)[0].X.astype(np.float64)
                 for what, values in answers.items():
@@ -429,7 +428,6 @@ def part_correlation(options: argparse.Namespace) -> Iterator[dict]:
                     yield (
                         row
                         | {"contestant": name, "answer": what}
-                        | found
                         | {
                             "logs": mean_correlation(logs[:, null]),
                             "values": mean_correlation(values[:, null]),
