@@ -9,6 +9,7 @@ cells:
                      theirs (`get_normalized_expression`) the mean alone
     impute-1-draw    the same with one draw
     de-mean, de-cell          ours: one type against the rest, for each of the 9; estimand "mean" and "cell"
+    de-cell, 10x draws        ours: "de-cell" of ten times the pairs, for its memory, which is to be the same
     de-vanilla, de-change     theirs: the same table, in the default mode and in mode "change"
 
 "de-mean" and "de-vanilla" are what either library does by default; "de-cell" and "de-change" ask the same
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,10 +55,10 @@ if TYPE_CHECKING:
 PEER_SCRIPT = Path(__file__).parent / "peers" / "scvi_queries.py"
 GROUPBY, N_LATENT = "cell_type", 10
 SPARSE = {"base_shape": 0.2, "library_mean": 300.0}  # at 2000 genes: about a tenth of the entries not zero
-OURS = ["latent", "impute", "impute-1-draw", "de-mean", "de-cell"]
+OURS = ["latent", "impute", "impute-1-draw", "de-mean", "de-cell", "de-cell, 10x draws"]
 THEIRS = ["latent", "impute", "impute-1-draw", "de-vanilla", "de-change"]
-RATIOS = [*((name, name) for name in OURS[:3])] + [(a, b) for a in OURS[3:] for b in THEIRS[3:]]
-TARGET = 10.0
+RATIOS = [*((name, name) for name in OURS[:3])] + [(a, b) for a in OURS[3:5] for b in THEIRS[3:]]
+TARGET, FLAT = 10.0, 1.1
 TARGETED = [("de-mean", "de-vanilla"), ("de-cell", "de-change")]
 
 
@@ -72,13 +74,17 @@ def fit(folder: Path, adata: ad.AnnData, job: dict) -> dict:
 
 
 def questions(fit: pyrosc.Fit, data: pyrosc.Counts, job: dict) -> dict[str, Callable[[], object]]:
-    de = lambda estimand: pyrosc.differential_expression(fit, data, groupby=job["groupby"], estimand=estimand)
+    de = lambda estimand, **asked: pyrosc.differential_expression(
+        fit, data, groupby=job["groupby"], estimand=estimand, **asked
+    )
+    many = 10 * default_draws(pyrosc.differential_expression)
     return {
         "latent": lambda: pyrosc.latent(fit, data),
         "impute": lambda: pyrosc.impute(fit, data, n_draws=job["n_draws"]).mean,
         "impute-1-draw": lambda: pyrosc.impute(fit, data, n_draws=1).mean,
         "de-mean": lambda: de("mean"),
         "de-cell": lambda: de("cell"),
+        "de-cell, 10x draws": lambda: de("cell", n_draws=many),
     }
 
 
@@ -99,8 +105,10 @@ def ask(folder: Path, adata: ad.AnnData, job: dict) -> dict:
         seconds = time.perf_counter() - start
     result = {"seconds": seconds, "peak_bytes": peak["bytes"], "shape": list(answer.shape)}
     if job["question"].startswith("de"):
-        sides = 2 * answer["group"].nunique() if job["question"] == "de-cell" else 0
-        asked = sides * default_draws(pyrosc.differential_expression)
+        sides = 2 * answer["group"].nunique() if "cell" in job["question"] else 0
+        asked = (
+            sides * default_draws(pyrosc.differential_expression) * (10 if "10x" in job["question"] else 1)
+        )
         result |= {"cells_decoded": sum(decoded), "draws_asked": asked}
     return result
 
@@ -141,7 +149,7 @@ def measure(adata: ad.AnnData, options: argparse.Namespace) -> Iterator[dict]:
             run(folder, who, told | {"question": "fit"}, options)
         turns = [
             (who, question)
-            for pair in zip(OURS, THEIRS, strict=True)
+            for pair in zip_longest(OURS, THEIRS)
             for who, question in zip(["pyrosc", "scvi"], pair, strict=True)
             if who in contestants and question in options.questions
         ]
@@ -193,6 +201,11 @@ def summary(rows: list[dict]) -> dict:
         | {"median": n["cells_decoded"], "met": n["cells_decoded"] <= n["draws_asked"]}
         for question, n in counted.items()
     ]
+    peaks = {m["question"]: m["peak_bytes"] for m in medians if m["contestant"] == "pyrosc"}
+    few, many = (peaks.get(name) for name in OURS[4:])
+    if few and many:
+        figure = {"figure": "memory, 10x draws / de-cell", "target": f"<= {FLAT}"}
+        targets.append(figure | {"median": many / few, "met": many / few <= FLAT})
     for t in targets:
         shown = "met" if t["met"] else "missed"
         print(f"{t['figure']:28} {t['median']:10.1f} ({t['target']}: {shown})")

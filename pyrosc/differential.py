@@ -6,10 +6,10 @@ rows together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import anndata
@@ -27,6 +27,7 @@ from pyrosc.svi import Fit
 from pyrosc.variation import Arm
 
 Number = float | int  # beartype does not take 0 for a float
+_BLOCK = 2000  # pairs of cells that are held at a time
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Draws:
     """
 
     lfc: Float[ndarray, "draws genes"]
+
+    def __post_init__(self) -> None:
+        if not (self.lfc.size and np.isfinite(self.lfc).all()):
+            msg = (
+                "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
+            )
+            raise ValueError(msg)
 
     @cached_property
     def _sorted(self) -> Float[ndarray, "genes draws"]:
@@ -163,31 +171,55 @@ def summarise(
         if lfc.ndim != 2 or lfc.dtype.kind != "f":
             msg = f"draws of fold changes are floats, draws x genes, not {lfc.dtype} of shape {lfc.shape}"
             raise ValueError(msg)
-        if not (lfc.size and np.isfinite(lfc).all()):
-            msg = (
-                "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
-            )
-            raise ValueError(msg)
-        t, least, prior, n = Draws(lfc), 0.5 / len(lfc), 0.5, float(len(lfc))
-    else:
-        t, least, prior, n = lfc, 1e-9, lfc.prior_de(delta), math.inf  # type: ignore[assignment]
-    up, down = t.above(delta), t.below(-delta)
-    either = np.minimum(1, up + down)
-    prior = prior if prior_de is None else prior_de
+        return _rows(_features(Draws(lfc), delta, interval), len(lfc), 0.5 if prior_de is None else prior_de)
+    prior = lfc.prior_de(delta) if prior_de is None else prior_de
+    return _rows(_features(lfc, delta, interval), math.inf, prior)
+
+
+def _features(t: Draws | Posterior, delta: Number, interval: Number) -> pd.DataFrame:
+    """Return what is read off a distribution of fold changes."""
     return pd.DataFrame(
         {
             "lfc_mean": t.mean,
             "lfc_sd": t.sd,
             "lfc_lower": t.quantile((1 - interval) / 2),
             "lfc_upper": t.quantile((1 + interval) / 2),
-            "p_up": up,
-            "p_down": down,
-            "p_equivalent": np.maximum(0, 1 - up - down),
-            "p_de": either,
-            "p_de_se": np.sqrt(either * (1 - either) / n),
-            "bayes_factor": _log_odds(either, least) - _log_odds(prior, 1e-9),
-            "error": np.maximum(least, 1 - np.maximum(up, down)),
+            "p_up": t.above(delta),
+            "p_down": t.below(-delta),
         }
+    )
+
+
+def _in_blocks(
+    decoded: Callable[[int], tuple[Float[ndarray, "draws genes"], Float[ndarray, "sides genes"]]],
+    n_draws: int,
+    delta: Number,
+    interval: Number,
+) -> tuple[pd.DataFrame, Float[ndarray, "sides genes"]]:
+    """Summarise so many draws, a block of them at a time: of the interval's ends this is the blocks' mean."""
+    n_blocks = -(-n_draws // _BLOCK)
+    sizes = [n_draws // n_blocks + (i < n_draws % n_blocks) for i in range(n_blocks)]
+    features, shares = [], []
+    for n in sizes:
+        lfc, mean = decoded(n)
+        block = _features(Draws(lfc), delta, interval)
+        features.append(block.assign(square=block.lfc_sd**2 + block.lfc_mean**2))
+        shares.append(mean)
+    table = pd.DataFrame(np.average(features, 0, sizes), columns=features[0].columns)
+    table["lfc_sd"] = np.sqrt(np.maximum(0, table.pop("square") - table.lfc_mean**2))
+    return _rows(table, n_draws, 0.5), np.average(shares, 0, sizes)
+
+
+def _rows(features: pd.DataFrame, n_draws: Number, prior_de: Number) -> pd.DataFrame:
+    """Add what follows from the probabilities."""
+    up, down = features.p_up, features.p_down
+    either, least = np.minimum(1, up + down), max(0.5 / n_draws, 1e-9)
+    return features.assign(
+        p_equivalent=np.maximum(0, 1 - up - down),
+        p_de=either,
+        p_de_se=np.sqrt(either * (1 - either) / n_draws),
+        bayes_factor=_log_odds(either, least) - _log_odds(prior_de, 1e-9),
+        error=np.maximum(least, 1 - np.maximum(up, down)),
     )
 
 
@@ -283,7 +315,8 @@ def differential_expression(
         Probability of the central interval between `lfc_lower` and `lfc_upper`.
     n_draws
         Pairs of cells in each comparison, with ``"cell"``: so many draws of either group are decoded, and
-        no more. Probabilities are good to about .5 / sqrt(n_draws).
+        no more. Probabilities are good to about .5 / sqrt(n_draws). No more than 2000 are held at a time:
+        of more, the interval's ends are means over blocks.
     site
         Name of the site of shares, with ``"cell"``.
     parallel
@@ -361,27 +394,27 @@ def differential_expression(
     tables = []
     # Random cells are compared wherever they are: only what is decoded has a batch.
     for pair in comparisons(fit, data, **asked, batch=batch if estimand == "mean" else None):
-        lfc: ndarray | Posterior
         if estimand == "cell":
             rows = [np.flatnonzero(pair.side == side) for side in (0, 1)]
-            seeds = [seed, pair.codes[0], pair.codes[1] + 1]
-            lfc, shares = _cells(
-                fit, data, rows, n_draws, batch, site, parallel=parallel, seed=seeds, eps=eps
+            rng = np.random.default_rng([seed, pair.codes[0], pair.codes[1] + 1])
+            decoded = partial(
+                _cells, fit, data, rows, rng, batch=batch, site=site, parallel=parallel, eps=eps
             )
+            found, shares = _in_blocks(decoded, n_draws, delta, interval)
         else:
-            lfc = shrink(pair.likelihood)
-            shares = [arm.x.sum(0) / arm.l.sum() for arm in (pair.a, pair.b)]
+            found = summarise(shrink(pair.likelihood), delta, interval)
+            shares = np.stack([arm.x.sum(0) / arm.l.sum() for arm in (pair.a, pair.b)])
         who = {"gene": fit.schema.genes, "group": pair.group, "reference": pair.reference}
-        table = pd.DataFrame(who).join(summarise(lfc, delta, interval)).join(_raw(pair.a, pair.b, shares))
+        table = pd.DataFrame(who).join(found).join(_raw(pair.a, pair.b, shares))
         if pair.replicates is not None:
             table["replicates"], table["replicates_reference"] = pair.replicates
         tables.append(by_evidence(table, fit.schema.absent, known=pair.replicated))
-    found = decide(pd.concat(tables, ignore_index=True), fdr)
-    found.attrs["groupby"] = groupby if isinstance(groupby, str) else ""
-    return found
+    table = decide(pd.concat(tables, ignore_index=True), fdr)
+    table.attrs["groupby"] = groupby if isinstance(groupby, str) else ""
+    return table
 
 
-def _raw(a: Arm, b: Arm, shares: Sequence[ndarray]) -> pd.DataFrame:
+def _raw(a: Arm, b: Arm, shares: Float[ndarray, "sides genes"]) -> pd.DataFrame:
     """Return the columns that describe the counts of either side."""
     columns = {}
     for suffix, arm, share in (("", a, shares[0]), ("_reference", b, shares[1])):
@@ -421,16 +454,15 @@ def _cells(
     fit: Fit,
     data: Counts,
     rows: Sequence[ndarray],
+    rng: np.random.Generator,
     n_draws: int,
+    *,
     batch: str | None,
     site: str,
-    *,
     parallel: bool,
-    seed: list[int],
     eps: float,
-) -> tuple[Float[ndarray, "draws genes"], list[ndarray]]:
+) -> tuple[Float[ndarray, "draws genes"], Float[ndarray, "sides genes"]]:
     """Decode pairs of random cells; return their log2 fold changes and the mean share of either side."""
-    rng = np.random.default_rng(seed)
     chosen = [rng.choice(side, n_draws) for side in rows]
     known = fit.schema.batches
     there: list[str | None] = [batch] if batch != "average" else [*known] if len(known) > 1 else [None]
@@ -455,4 +487,4 @@ def _cells(
                 done += len(a)
             for sum_, r in zip(total, rho, strict=True):
                 sum_ += r.sum(0)
-    return lfc.numpy().T, [(sum_ / n_draws).cpu().numpy() for sum_ in total]
+    return lfc.numpy().T, np.stack([(sum_ / n_draws).cpu().numpy() for sum_ in total])

@@ -294,6 +294,27 @@ def test_no_more_is_decoded_than_the_draws_asked_for(adata, fit, decoded):
     assert not decoded
 
 
+def test_draws_in_blocks_are_summarised_as_all_of_them_together(adata, fit, monkeypatch):
+    of_blocks, cells = [], differential._cells
+    monkeypatch.setattr(
+        differential, "_cells", lambda *a, **k: of_blocks.append(cells(*a, **k)) or of_blocks[-1]
+    )
+    monkeypatch.setattr(differential, "_BLOCK", 400)
+    table = ask(fit, adata, group="type_0", estimand="cell", n_draws=1001).set_index("gene")
+    assert [len(lfc) for lfc, _ in of_blocks] == [334, 334, 333]
+    together = compare(np.concatenate([lfc for lfc, _ in of_blocks]))
+    together.index = pd.Index(fit.schema.genes)
+    together = together.loc[table.index]
+    ends = ["lfc_lower", "lfc_upper"]
+    exact = [name for name in together if name not in ends]
+    pd.testing.assert_frame_equal(table[exact], together[exact], check_names=False, rtol=1e-6)
+    off = (table[ends] - together[ends]).div(together.lfc_sd, axis=0)
+    assert off.abs().max().max() < 0.1
+    places = [fit.schema.genes.index(name) for name in table.index]
+    mine = np.average([shares for _, shares in of_blocks], 0, [334, 334, 333])[0, places]
+    np.testing.assert_allclose(table.mean_share, mine)
+
+
 def test_pairs_are_random_cells_of_their_groups(adata, fit, decoded):
     ask(fit, adata, group="type_0", estimand="cell", n_draws=400, batch=None)
     (mine, _, _), (rest, _, _) = decoded
