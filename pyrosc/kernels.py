@@ -26,9 +26,12 @@ _BLOCK = 16  # rows whose slopes in theta are summed one after the other
 _WIDE = 512  # entries summed in float32 before the sum goes on in float64
 
 # Sums may be reordered, so that they run in the processor's vectors; NaN and infinity keep their meaning.
-_compiled = numba.njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"}
-)
+_FAST = {"contract", "nsz", "arcp", "reassoc"}
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FAST)
+# What these loops call becomes part of each: the process that compiles would else call copies of its own,
+# with other last digits than all that find the loops in the cache.
+_part = numba.njit(forceinline=True, error_model="numpy", fastmath=_FAST)
+_exact_part = numba.njit(forceinline=True, error_model="numpy")
 _in_parallel = numba.njit(parallel=True, cache=True, error_model="numpy")
 _inlined = numba.njit(inline="always")
 
@@ -173,7 +176,7 @@ def _zero_inflated_at_zero32(y: float, g: float) -> tuple[float, float, float, f
     return (log if p < _LARGEST else p), kept * p0 * inverse, pi * positive * inverse, p
 
 
-@numba.njit(cache=True, error_model="numpy")
+@_exact_part
 @no_type_check
 def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
     """Return the same, but the sum, in log space: where it is too small for float32."""
@@ -184,7 +187,7 @@ def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
     return log_sum + log_kept, by_y, (1.0 - by_y) * math.exp(log_kept) * -math.expm1(y)
 
 
-@numba.njit(cache=True, error_model="numpy")
+@_exact_part
 @no_type_check
 def _stirling(z: float) -> tuple[float, float]:
     """Return lgamma(z) less (z - 1/2) log z - z, up to a constant, and digamma(z) less log z - 1 / (2 z).
@@ -197,7 +200,7 @@ def _stirling(z: float) -> tuple[float, float]:
     return value, slope
 
 
-@numba.njit(cache=True, error_model="numpy")
+@_exact_part
 @no_type_check
 def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
     """Return the log of Gamma(theta + x) / Gamma(theta), and its slope in theta: see `distributions.py`."""
@@ -220,7 +223,7 @@ def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
 _K, _MU, _THETA, _PRODUCT, _SLOPE, _REST, _BY_MEAN = (i * _WIDE for i in range(7))
 
 
-@_compiled
+@_part
 @no_type_check
 def _rising_factorials(n: int, b: Any) -> None:
     """Fill in Gamma(theta + k) / (Gamma(theta) k!), as log product + rest, and the slope of its log in theta.
@@ -256,7 +259,7 @@ def _rising_factorials(n: int, b: Any) -> None:
             b[_PRODUCT + i], b[_REST + i] = 1.0, log_rising - math.lgamma(k + 1.0)
 
 
-@_compiled
+@_part
 @no_type_check
 def _log_density_of_row(
     row: int,
@@ -433,7 +436,7 @@ def _ordered(value: float) -> int:
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@_compiled
+@_part
 @no_type_check
 def _softmax(row: int, logits: Any, scale: float, mean: Any) -> None:
     """Turn a row of logits into shares, and fill `mean`, a row, with scale times these."""
@@ -459,7 +462,7 @@ def _softmax(row: int, logits: Any, scale: float, mean: Any) -> None:
         mean[0, j] = scale * share
 
 
-@_compiled
+@_part
 @no_type_check
 def _softmax_slope(row: int, mean: Any, by_mean: Any, weight: float, shares: Any) -> float:
     """Turn a row of shares into weighted slopes in their logits, from those in the mean.
@@ -480,14 +483,14 @@ def _softmax_slope(row: int, mean: Any, by_mean: Any, weight: float, shares: Any
     return average
 
 
-@_compiled
+@_part
 @no_type_check
 def _add(row: int, weight: float, values: Any, total: Any) -> None:
     for j in range(values.shape[1]):
         total[row, j] += weight * values[0, j]
 
 
-@_compiled
+@_part
 @no_type_check
 def _put(row: int, weight: float, values: Any, out: Any) -> None:
     for j in range(values.shape[1]):

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import subprocess
 import sys
 
 import numba
@@ -502,3 +504,26 @@ def test_one_warning_where_numba_does_not_import(monkeypatch, caplog):
     assert record.name == "pyrosc.compiled"
     assert record.levelno == logging.WARNING
     assert "numba cannot be used" in record.getMessage()
+
+
+def test_a_process_that_compiles_has_the_bits_of_those_that_find_the_loops_compiled(tmp_path):
+    code = (
+        "import hashlib, torch\n"
+        "from pyrosc import kernels\n"
+        "torch.set_num_threads(1)\n"
+        "some = lambda *shape: torch.rand(*shape, generator=random)\n"
+        "random = torch.Generator().manual_seed(0)\n"
+        "logits, gate, x = some(64, 700), some(64, 700), (4 * some(64, 700)).floor()\n"
+        "theta = 3 * some(1, 700)\n"
+        "done = kernels.shares_log_density(logits, gate, x.sum(1, keepdim=True), x, theta, torch.ones(64))\n"
+        "print(hashlib.md5(b''.join(t.numpy().tobytes() for t in (logits, gate, *done))).hexdigest())\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc"))
+    assert found[0] == found[1]
