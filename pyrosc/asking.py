@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyro
 import scipy.sparse as sp
 import torch
@@ -291,6 +292,35 @@ def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Coun
     x = sp.csr_array(sp.vstack(parts))
     x.sort_indices()
     return replace(data, x=x)
+
+
+def in_order(values: Any, data: Counts, what: str) -> Any:
+    """Return one value for each cell as they are; a Series that has the cells' names in the cells' order.
+
+    Parameters
+    ----------
+    values
+        A Series with other names, a number or an array is taken as it is.
+    data
+        Counts.
+    what
+        Name of the argument.
+
+    Raises
+    ------
+    ValueError
+        If a Series has names of some cells, but not of each once.
+    """
+    if not (isinstance(values, pd.Series) and values.index.isin(data.cell_names).any()):
+        return values
+    names = pd.Index(data.cell_names)
+    if not (names.is_unique and values.index.is_unique and set(values.index) == set(names)):
+        msg = (
+            f"{what} is a Series whose names are not those of the cells, each once: give its values, "
+            ".to_numpy(), if they are in the cells' order, or make names unique, obs_names_make_unique()"
+        )
+        raise ValueError(msg)
+    return values.loc[names]
 
 
 def check_draws(n_draws: Any, name: str = "n_draws") -> None:

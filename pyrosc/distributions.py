@@ -30,6 +30,11 @@ _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a librar
 _LARGEST_RATE = 4e9  # CUDA's Poisson sampler counts in 32 bits
 
 
+def new_counts(rate: Tensor) -> Tensor:
+    """Draw Poisson counts of these means, which are taken for 4e9 where they are more."""
+    return torch.poisson(rate.clamp(max=_LARGEST_RATE))
+
+
 @final
 class Poisson(TorchDistribution):
     r"""Poisson counts.
@@ -80,7 +85,7 @@ class Poisson(TorchDistribution):
         """Draw counts of shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
             rate = self._mean.expand(self._extended_shape(Size(sample_shape)))
-            return torch.poisson(rate.clamp(max=_LARGEST_RATE))
+            return new_counts(rate)
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
@@ -167,7 +172,7 @@ class NegativeBinomial(TorchDistribution):
         with torch.no_grad():
             theta = self._inverse_dispersion.expand(self._extended_shape(Size(sample_shape)))
             rate = torch._standard_gamma(theta) * (self._mean / theta)
-            return torch.poisson(rate.clamp(max=_LARGEST_RATE))
+            return new_counts(rate)
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""

@@ -12,6 +12,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from pyrosc.asking import in_order
 from pyrosc.counts import Counts
 from pyrosc.shrinkage import likelihood
 from pyrosc.svi import Fit
@@ -25,15 +26,7 @@ def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarra
             msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
             raise KeyError(msg)
         groupby = data.obs[groupby]
-    if isinstance(groupby, pd.Series) and groupby.index.isin(data.cell_names).any():
-        names = pd.Index(data.cell_names)
-        if not (names.is_unique and groupby.index.is_unique and set(groupby.index) == set(names)):
-            msg = (
-                f"{what} is a Series whose names are not those of the cells, each once: give its values, "
-                ".to_numpy(), if they are in the cells' order, or make names unique, obs_names_make_unique()"
-            )
-            raise ValueError(msg)
-        groupby = groupby.loc[names]  # by its own names of cells, in whatever order
+    groupby = in_order(groupby, data, what)
     if len(np.shape(groupby)) != 1:
         kind = type(groupby).__name__
         msg = f"{what} names a column of obs, or has one value for each cell; {kind} is neither"

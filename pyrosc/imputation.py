@@ -64,8 +64,8 @@ def impute(
         observed, a zero becomes P(dropout given the zero) times the mean count.
     library
         Of ``"count"``, ``"rate"``, ``"log1p"`` and ``"predictive"``: the library size, in counts; a number,
-        or one for each cell in the order of `data`. By default the cell's own: site ``"l"``, or the observed
-        total where the program has no such site.
+        or one for each cell (a Series is matched by cells' names). By default the cell's own: site ``"l"``,
+        or the observed total where the program has no such site.
     depth
         Of ``"log1p"``: the library size of a new measurement; a number, or one for each cell. The answer is
         then about what people compute of counts, log(1 + library x' / depth), x' the new count at that depth,
@@ -89,7 +89,8 @@ def impute(
         Name of the site of shares, by default ``"rho"``; unless `what` is one of these two, name of the site
         of counts, by default ``"x"``.
     dtype
-        Of the answer: ``"float32"``, or ``"float16"``: half the size, three digits, values up to 65504.
+        Of the answer: ``"float32"``, or ``"float16"``: half the size, three digits, values up to 65504;
+        intervals are rounded outwards.
         Shares, most of which are less than it can hold, are not given in it.
     store
         Path of a new folder: the answer is written there as four zarr arrays, some cells at a time, and is
@@ -109,8 +110,9 @@ def impute(
     ValueError
         If `what` or `dtype` is another one, a gene or batch is unknown, a number is out of range, or a value
         is too large for float16.
-    FileExistsError
-        If there is something at `store`. On any other error nothing is left there.
+    FileExistsError, FileNotFoundError
+        If there is something at `store`, or no folder to make it in. On any other error nothing is left
+        there.
     TypeError
         If the likelihood is one whose rates are not known, or, to be repaired, without zero inflation.
 

@@ -9,10 +9,13 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from pyrosc.reading import IMPUTED
 from pyrosc.summaries import Summary
+
+_CHUNK = 2**20  # entries that are written to disk together
 
 Array = Any
 """A numpy array, or one of zarr."""
@@ -110,18 +113,20 @@ def imputation(
     dtype, store, progress
         See :func:`~pyrosc.impute`.
     """
+    shape = (len(cell_names), len(gene_names))
     if store is not None:
         _make(Path(store))
+        answers = _blocks(answers, _CHUNK // len(gene_names))
     arrays: dict[str, Array] = {}
     done = 0
     try:
         with tqdm(total=len(cell_names), desc="impute", unit="cell", delay=2, disable=not progress) as bar:
             for answer in answers:
                 n = answer.shape[1]
-                arrays = arrays or _arrays(store, (len(cell_names), len(gene_names)), n, dtype)
+                arrays = arrays or _arrays(store, shape, n, dtype)
                 values = answer.cpu().numpy()
-                _check_room(values, dtype)
-                for array, part in zip(arrays.values(), values, strict=True):
+                _check(values, dtype, cell_names[done : done + n])
+                for array, part in zip(arrays.values(), _rounded(values, dtype), strict=True):
                     array[done : done + n] = part
                 done += n
                 bar.update(n)
@@ -132,10 +137,25 @@ def imputation(
     return Imputation(**arrays, unit=unit, interval=interval, cell_names=cell_names, gene_names=gene_names)
 
 
+def _blocks(answers: Iterator[Summary], n_cells: int) -> Iterator[Summary]:
+    """Put answers together until they are of so many cells at least."""
+    some: list[Summary] = []
+    for answer in answers:
+        some.append(answer)
+        if sum(one.shape[1] for one in some) >= n_cells:
+            yield torch.cat(some, 1)
+            some = []
+    if some:
+        yield torch.cat(some, 1)
+
+
 def _make(folder: Path) -> None:
     """Make a new folder."""
     try:
         folder.mkdir()
+    except FileNotFoundError as error:
+        msg = f"there is no folder {folder.parent} to make {folder.name} in: make it first, or name another"
+        raise FileNotFoundError(msg) from error
     except FileExistsError as error:
         msg = f"{folder} is there already: name another folder to store to, or delete it first"
         raise FileExistsError(msg) from error
@@ -156,11 +176,27 @@ def _arrays(store: str | Path | None, shape: tuple[int, int], n_rows: int, dtype
     }
 
 
-def _check_room(values: np.ndarray, dtype: str) -> None:
-    """Raise if a value is too large for the type."""
+def _check(values: np.ndarray, dtype: str, cell_names: np.ndarray) -> None:
+    """Raise if a value is not finite, or too large for the type."""
+    if not np.isfinite(values).all():
+        cell = cell_names[np.flatnonzero(~np.isfinite(values).all((0, 2)))[0]]
+        msg = (
+            f"the fit's answer for cell {cell} is not finite: what it decodes there is NaN or too large. "
+            "Look at pyrosc.draws of this cell, or ask for a smaller library size"
+        )
+        raise ValueError(msg)
     if (most := np.abs(values).max()) > np.finfo(dtype).max:
         msg = f'{dtype} has no room for {most:.4g}: ask for dtype="float32", or for a smaller library size'
         raise ValueError(msg)
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return them in the type, where intervals are no narrower for it."""
+    rounded = values.astype(dtype, copy=False)
+    for end, inwards, wide in ((2, np.greater, -np.inf), (3, np.less, np.inf)):
+        narrower = inwards(rounded[end], values[end])
+        rounded[end][narrower] = np.nextafter(rounded[end][narrower], np.asarray(wide, dtype))
+    return rounded
 
 
 def _places(have: np.ndarray, want: pd.Index, kind: str) -> np.ndarray:

@@ -22,10 +22,10 @@ from jaxtyping import Bool, Float
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrosc.asking import answers, batch_codes, cells_second, innermost, site_of, value_of
+from pyrosc.asking import answers, batch_codes, cells_second, in_order, innermost, site_of, value_of
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
-from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated
+from pyrosc.distributions import NegativeBinomial, Poisson, ZeroInflated, new_counts
 from pyrosc.svi import Fit
 
 Columns = slice | Tensor
@@ -105,7 +105,7 @@ class Rates:
 
     def draw_count(self) -> Float[Tensor, "draws cells genes"]:
         """Draw the count before dropout."""
-        anew = torch.poisson(self.mean * self._gamma(torch.zeros_like(self.x), torch.zeros_like(self.mean)))
+        anew = new_counts(self.mean * self._gamma(torch.zeros_like(self.x), torch.zeros_like(self.mean)))
         return torch.where(torch.bernoulli(self.hidden) > 0, anew, self.x)
 
     def _gamma(self, counted: Tensor, expected: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def sizes_of(size: Size, data: Counts, name: str) -> Float[Tensor, "cells 1"]:
     ValueError
         If there are more or fewer than cells, or a number is not above 0.
     """
-    values = np.asarray(size, np.float32)
+    values = np.asarray(in_order(size, data, name), np.float32)
     if values.shape not in ((), (data.n_cells,)) or not ((values > 0) & (values < np.inf)).all():
         got = f"{values.shape}, the least {values.min(initial=np.inf)}" if values.ndim else repr(size)
         msg = f"{name} is a number of counts above 0, or one for each of the {data.n_cells} cells, not {got}"

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyrosc.distributions import new_counts
 from pyrosc.rates import Rates, zero_inflated
 
 Summary = Float[Tensor, "4 cells genes"]
@@ -39,7 +40,7 @@ def of_rates(rates: Rates, mean: Tensor, interval: float) -> Summary:
 def of_new_counts(rates: Rates, mean: Tensor, interval: float) -> Summary:
     """Summarise x' ~ Poisson(w), whose variance is E w + Var w."""
     center, spread = _moments(rates, mean)
-    ends = _whole(quantiles(torch.poisson(mean * rates.draw_factor()), interval))
+    ends = _whole(quantiles(new_counts(mean * rates.draw_factor()), interval))
     return torch.stack((center, spread.add_(center).sqrt_(), *ends))
 
 
@@ -59,7 +60,7 @@ def of_logs_of_new_counts(rates: Rates, mean: Tensor, scale: Tensor, interval: f
         Of a new count.
     """
     chances = [p.mean(0) for p in rates.chances(mean, FEW)]
-    new = torch.poisson(mean * rates.draw_factor())
+    new = new_counts(mean * rates.draw_factor())
     logs, many = torch.log1p(scale * new), new >= FEW
     n_many = many.sum(0)
 

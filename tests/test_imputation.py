@@ -570,6 +570,10 @@ def test_a_library_size_of_each_cell_is_that_of_its_row(what, monkeypatch, vae_f
     for i in (0, 7):
         alone = impute(vae_fit, few, what, library=sizes[i], n_draws=n).mean[i]
         np.testing.assert_allclose(imputed.mean[i], alone, rtol=1e-5)
+    named = pd.Series(sizes, few.cell_names)[::-1]
+    np.testing.assert_array_equal(impute(vae_fit, few, what, library=named, n_draws=n).mean, imputed.mean)
+    with pytest.raises(ValueError, match="library is a Series whose names are not those of the cells"):
+        impute(vae_fit, few, what, library=named[1:])
     monkeypatch.setattr(asking, "ELEMENTS", 1)  # a cell at a time
     pieces = impute(vae_fit, few, what, library=sizes, n_draws=n)
     assert np.max(np.abs(pieces.mean - imputed.mean) / (imputed.sd * np.sqrt(2 / n))) < 6
@@ -684,12 +688,14 @@ FIELDS = ("mean", "sd", "lower", "upper")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_on_disk_are_the_numbers_of_memory(vae_fit, data, adata, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(asking, "ELEMENTS", 3 * 40 * 30)  # 30 cells at a time, and the last 20
+    monkeypatch.setattr(imputed, "_CHUNK", 40 * 50)  # 60 are written at a time
     asked = {"what": "count", "n_draws": 3, "dtype": dtype}
     memory = impute(vae_fit, data, **asked)
     disk = impute(vae_fit, data, **asked, store=tmp_path / "imputed")
     for name in FIELDS:
         array = getattr(disk, name)
         assert isinstance(array, zarr.Array)
+        assert array.chunks == (60, 40)
         assert array.dtype == getattr(memory, name).dtype == dtype
         np.testing.assert_array_equal(array[:], getattr(memory, name))
         again = zarr.open_array(str(tmp_path / "imputed" / name), mode="r")
@@ -708,7 +714,10 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(vae_fit, few, tmp
     with pytest.raises(FileExistsError, match="there is there already: name another folder to store to, or"):
         impute(vae_fit, few, store=str(there))
     assert [path.name for path in there.iterdir()] == ["kept"]
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none to make new in: make it first"):
+        impute(vae_fit, few, store=tmp_path / "none" / "new")
     monkeypatch.setattr(asking, "ELEMENTS", 1)
+    monkeypatch.setattr(imputed, "_CHUNK", 1)
     place, seen = tmp_path / "new", []
 
     def broken(drawn, interval):
@@ -730,13 +739,24 @@ def test_half_precision_keeps_three_digits_and_says_what_it_cannot_hold():
         half, whole = (impute(fit, adata, what, n_draws=9, dtype=d) for d in ("float16", "float32"))
         for name in FIELDS:
             assert getattr(half, name).dtype == np.float16
-            np.testing.assert_allclose(getattr(half, name), getattr(whole, name), rtol=5e-4, atol=1e-6)
+            np.testing.assert_allclose(getattr(half, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
+        assert (half.lower <= whole.lower).all()
+        assert (half.upper >= whole.upper).all()
     with pytest.raises(ValueError, match=r'float16 has no room for .*: ask for dtype="float32", or for'):
         impute(fit, adata, "rate", library=1e7, dtype="float16")
     with pytest.raises(ValueError, match=r"shares are too small for float16: .*library=1e4"):
         impute(fit, adata, dtype="float16")
     with pytest.raises(ValueError, match=r'dtype must be "float32" or "float16", not \'float64\''):
         impute(fit, adata, "rate", dtype="float64")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_answers_that_are_not_finite_are_refused_by_the_cell(bad):
+    mean = np.array(MEAN, np.float32)
+    mean[2] = bad
+    fit, adata = known(X, mean, THETA)
+    with pytest.raises(ValueError, match=f"answer for cell {adata.obs_names[0]} is not finite"):
+        impute(fit, adata, "rate", n_draws=2)
 
 
 @pytest.mark.parametrize("slow", [True, False])
