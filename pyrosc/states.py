@@ -77,7 +77,12 @@ def clusters(
         If the model has no clusters.
     """
     data = as_counts(data, fit.schema)
-    probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
+    try:
+        probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
+    except KeyError as error:
+        models = "pyrosc.GMVAE has clusters, pyrosc.SCANVI labels"
+        msg = f"{error.args[0]}: {models}; name the site of probabilities of a program of your own"
+        raise KeyError(msg) from error
     probability /= probability.sum(1, keepdims=True)
     names = data.cell_names
     columns = [str(i) for i in range(probability.shape[1])]

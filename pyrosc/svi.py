@@ -199,6 +199,9 @@ def fit_svi(
     Let such a program look at a number that depends on the cells, ``float(cells.x.sum())``, and it is run in
     every step.
     """
+    if isinstance(model, Fit):
+        msg = "this is a Fit: pyrosc.fit_svi(fit.program, ...) trains its model on, fit_query on new batches"
+        raise TypeError(msg)
     data = as_counts(data)
     if not data.n_cells:
         msg = "no cells: the selection is empty"

@@ -710,6 +710,11 @@ def test_a_class_is_refused(data):
         fit_svi(pyrosc.VAE, data)
 
 
+def test_a_fit_is_no_model_to_train_on(vae_fit, data):
+    with pytest.raises(TypeError, match=r"this is a Fit: .*fit_svi\(fit.program"):
+        fit_svi(vae_fit, data)
+
+
 class HoldsAnAutoguide(nn.Module):
     """A module with one of Pyro's autoguides inside."""
 
