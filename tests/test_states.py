@@ -28,7 +28,7 @@ def test_clusters_are_mean_responsibilities(gmvae_fit, data):
 
 
 def test_a_model_without_clusters_says_so(vae_fit, data):
-    with pytest.raises(KeyError, match="no site 'p_y'.*pyrosc.GMVAE has clusters"):
+    with pytest.raises(KeyError, match=r"no site 'p_y'.*pyrosc.GMVAE has clusters"):
         pyrosc.clusters(vae_fit, data)
 
 
