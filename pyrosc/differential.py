@@ -265,16 +265,18 @@ def differential_expression(
     parallel: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
-    r"""Find the genes whose share of the counts differs between groups of cells.
+    r"""Find the genes whose expression differs between groups of cells.
 
     Two questions can be asked. `"mean"`: is the groups' mean expression different? The fold change of gene
     g between groups A and B is a factor between rates, the same in each batch, in which the counts x of a
     cell with the total l have ::
 
-        E x = l r_gb 2^t_g  in A,   l r_gb  in B,     Var x = E x + phi_g (E x)^2,   phi of each arm its own
+        E x = l r_gb 2^(m + t_g)  in A,   l r_gb  in B,   Var x = E x + phi_g (E x)^2,  phi its own in each
 
-    t_g has the quasi-likelihood of :func:`pyrosc.shrinkage.likelihood`, and a prior learned across the genes
-    by :func:`pyrosc.shrinkage.shrink`, of each comparison by itself.
+    m + t_g has the quasi-likelihood of :func:`pyrosc.shrinkage.likelihood`, and t_g a prior learned across
+    the genes by :func:`pyrosc.shrinkage.shrink`, of each comparison by itself. m is what most genes have in
+    common: shares sum to 1, so where a few abundant genes rise, all others fall by as much, which says
+    nothing of these. The fold change is t_g; that of the shares is m + t_g.
 
     `"cell"` (Lopez 2018, Boyeau 2023): is a random cell of A different from a random cell of B? Each of
     `n_draws` pairs is a cell of either group, a draw of the shares rho of both from the fit, and ::
@@ -329,7 +331,8 @@ def differential_expression(
     DataFrame
         A row for each gene of each comparison, by group and then by evidence: the error of the call, then
         |lfc_mean| / lfc_sd, then the fit's order: gene, group, reference; the columns of :func:`compare`;
-        mean_share and mean_share_reference (of the counts of these genes; with ``"cell"``, of the draws),
+        lfc_common (m; 0 with ``"cell"``), mean_share and mean_share_reference (of the counts of these genes;
+        with ``"cell"``, of the draws),
         raw_mean and raw_mean_reference (counts per cell), expressing and expressing_reference (share of the
         cells that have a count). With ``"mean"`` these describe the cells that were compared; with
         `replicate_key` there are also replicates and replicates_reference, how many of either side were:
@@ -353,8 +356,6 @@ def differential_expression(
     than two donors on a side tau_g^2 is the other side's, or taken for 0: fold changes, intervals and
     probabilities are then about these donors, which nothing tells from their group. There is a warning,
     nothing is called, and the comparison has no part in the false discovery rate of others.
-
-    Shares sum to 1: if a few abundant genes rise, all others fall a little, and the fold change says so.
 
     The means do not use the fit's decoder, by evidence. 300 genes, 20 doubled and 20 halved in 750 of 1500
     cells, NB counts with theta = 3, totals of some 360 (LogNormal(0, .3)); ten data sets, calls at a
@@ -401,11 +402,13 @@ def differential_expression(
                 _cells, fit, data, rows, rng, batch=batch, site=site, parallel=parallel, eps=eps
             )
             found, shares = _in_blocks(decoded, n_draws, delta, interval)
+            common = 0.0
         else:
-            found = summarise(shrink(pair.likelihood), delta, interval)
+            posterior = shrink(pair.likelihood)
+            found, common = summarise(posterior, delta, interval), posterior.common
             shares = np.stack([arm.x.sum(0) / arm.l.sum() for arm in (pair.a, pair.b)])
         who = {"gene": fit.schema.genes, "group": pair.group, "reference": pair.reference}
-        table = pd.DataFrame(who).join(found).join(_raw(pair.a, pair.b, shares))
+        table = pd.DataFrame(who).join(found).assign(lfc_common=common).join(_raw(pair.a, pair.b, shares))
         if pair.replicates is not None:
             table["replicates"], table["replicates_reference"] = pair.replicates
         tables.append(by_evidence(table, fit.schema.absent, known=pair.replicated))

@@ -43,7 +43,8 @@ def interaction(
         L(d) = integral L_A(t + d) L_B(t) dt
 
     and its prior is learned across the genes, as always, by :func:`pyrosc.shrinkage.shrink`. A gene that
-    responds alike in both has d = 0, however strongly it does.
+    responds alike in both has d = 0, however strongly it does; d, t_A and t_B each are beyond what most
+    genes have in common.
 
     Parameters
     ----------
@@ -104,6 +105,7 @@ def interaction(
     # Codes of a level and a group: 2 level + 0 in the group, + 1 in the reference.
     here = (kind >= 0) & (units.of_cell >= 0) & np.isin(codes, (a, b))
     crossed = np.where(here, 2 * kind + (codes == b), -1)
+    compared_units = np.where(here, units.of_cell, -1)
     crossed_names = [f"{names[g]}, {one}" for one in levels for g in (a, b)]
     base = levels.index(baseline)
     at = [levels.index(name) for name in asked]
@@ -114,7 +116,7 @@ def interaction(
     tables = []
     for name, i, of_level in zip(asked, at, each, strict=True):
         parts = [of_level, of_baseline]
-        if _paired(units.of_cell, kind, (i, base)) > _paired(units.of_cell, codes, (a, b)):
+        if _paired(compared_units, kind, (i, base)) > _paired(compared_units, codes, (a, b)):
             across = [(2 * i + side, 2 * base + side) for side in (0, 1)]
             parts = list(compared(data, crossed, crossed_names, across, units, batch))
         lfc = shrink(of_difference(*(part.likelihood for part in parts)))

@@ -16,7 +16,7 @@ from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, check_numbers
 from pyrosc.groups import Comparison, comparisons
-from pyrosc.shrinkage import LFC
+from pyrosc.shrinkage import LFC, beyond, shrink
 from pyrosc.svi import Fit
 from pyrosc.variation import fitted_share, one_on_each_side, strata
 
@@ -71,13 +71,13 @@ def gene_sets(
 ) -> pd.DataFrame:
     r"""Find the sets of genes whose mean log2 fold change between groups of cells is not small.
 
-    The fold changes t_g are those of :func:`~pyrosc.differential_expression`, each with the quasi-likelihood
-    that it has there, of mean e_g and variance C_gg. What is asked for is the mean T of the t_g of a set. Its
-    genes have a centre in common and differ from it by a variance that all sets share, so that a rare gene,
-    of which little is known, is taken to be like the others. Genes of a set go together, and so do the errors
-    of their fold changes: their covariance has the correlations of the cells' (or the replicates') residuals.
-    T has no prior: that of the genes, under which they have nothing in common, would draw all of a set to 0
-    together, and sets are too few to learn one from.
+    The fold changes t_g are those of :func:`~pyrosc.differential_expression`, beyond what most genes have in
+    common, each with the quasi-likelihood that it has there, of mean e_g and variance C_gg. What is asked for
+    is the mean T of the t_g of a set. Its genes have a centre in common and differ from it by a variance that
+    all sets share, so that a rare gene, of which little is known, is taken to be like the others. Genes of a
+    set go together, and so do the errors of their fold changes: their covariance has the correlations of the
+    cells' (or the replicates') residuals. T has no prior: that of the genes, under which they have nothing in
+    common, would draw all of a set to 0 together, and sets are too few to learn one from.
 
     Parameters
     ----------
@@ -91,12 +91,12 @@ def gene_sets(
     -------
     DataFrame
         A row for each set of each comparison, by group and then by evidence: set, group, reference, n_genes
-        (of those that the fit knows), n_unknown; lfc_mean, lfc_sd, lfc_lower, lfc_upper, p_up, p_down,
-        p_equivalent, p_de, which say of T what those of :func:`~pyrosc.compare` say of a gene; fdr_bound, the
-        largest false discovery rate, over all rows, of calling the sets with this much evidence in their
-        direction (Benjamini and Hochberg, of 2 (1 - max(p_up, p_down))), and is_de, whether it is at most
-        `fdr`. With a `replicate_key` also replicates and replicates_reference: where that is fewer than two
-        fdr_bound is NaN and nothing is called.
+        (of those that the fit knows), n_unknown, lfc_common (of all genes); lfc_mean, lfc_sd, lfc_lower,
+        lfc_upper, p_up, p_down, p_equivalent, p_de, which say of T what those of :func:`~pyrosc.compare` say
+        of a gene; fdr_bound, the largest false discovery rate, over all rows, of calling the sets with this
+        much evidence in their direction (Benjamini and Hochberg, of 2 (1 - max(p_up, p_down))), and is_de,
+        whether it is at most `fdr`. With a `replicate_key` also replicates and replicates_reference: where
+        that is fewer than two fdr_bound is NaN and nothing is called.
 
     Raises
     ------
@@ -129,7 +129,8 @@ def gene_sets(
         else:
             block, freedom = _of_replicates(pair, inside)
             errors = Errors(partial(list, [block]))
-        of_set, variance = _means(pair.likelihood[inside], errors, member)
+        common = shrink(pair.likelihood).common
+        of_set, variance = _means(beyond(pair.likelihood[inside], common), errors, member)
         t = stats.t(freedom, of_set, np.sqrt(variance))
         up, down = t.sf(delta), t.cdf(-delta)
         table = pd.DataFrame(
@@ -139,6 +140,7 @@ def gene_sets(
                 "reference": pair.reference,
                 "n_genes": n.astype(int),
                 "n_unknown": [len(set(genes)) for genes in sets.values()] - n.astype(int),
+                "lfc_common": common,
                 "lfc_mean": of_set,
                 "lfc_sd": np.sqrt(variance),
                 "lfc_lower": t.ppf((1 - interval) / 2),

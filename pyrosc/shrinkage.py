@@ -21,7 +21,8 @@ LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 _STEP = LFC[1] - LFC[0]
 _CENTRES = np.r_[np.zeros(7), np.arange(-4, 0, 0.5), np.arange(0.5, 4.5, 0.5)]
 _SDS = np.r_[0.05 * 2.0 ** np.arange(7), np.full(16, 0.35)]
-_MODES = 40  # the prior's mode is one of so many points to either side of 0
+_MODES = 80  # the prior's mode is one of so many points to either side of 0
+_UNLIKE = -8.0  # log probability that the one gene which holds the mode at 0 is unlike the others
 _WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
 _LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
@@ -117,7 +118,7 @@ def _freedom(
 
 @dataclass(frozen=True)
 class Posterior:
-    """Distribution of each gene's log2 fold change, and the prior that all genes share.
+    """Distribution of each gene's log2 fold change beyond the common one, and the prior that all genes share.
 
     Attributes
     ----------
@@ -125,10 +126,13 @@ class Posterior:
         Probability of each point's surroundings, half a step to either side. Rows sum to 1.
     prior : ndarray of shape (points,)
         The same before the gene's own counts.
+    common : float
+        Log2 fold change that most genes have, and that the others are given beyond.
     """
 
     mass: Float[ndarray, "genes points"]
     prior: Float[ndarray, "points"]
+    common: float = 0.0
 
     @property
     def mean(self) -> Float[ndarray, "genes"]:
@@ -175,7 +179,10 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
     seven with mean m and sd .05, .1, ..., 3.2, and one of sd .35 at every half from m - 4 to m + 4 but m. The
     former are those of Stephens; the latter let the prior have more modes than one, as fold changes of +-1
     among many of 0 need. No component is a point: that a gene changes by nothing at all is no claim that
-    counts can support. The mode need not be 0: shares sum to 1, so where some genes rise, all others fall.
+    counts can support.
+
+    The mode is what most genes have in common, and is subtracted: shares sum to 1, so where some genes rise,
+    all others fall, and of a gene without counts that would be all that is known.
 
     One pseudo-gene, spread evenly over the components, keeps the weights of few genes from the edge, and
     one, at 0 and of sd .05, the mode.
@@ -192,18 +199,25 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
     Stephens, False discovery rates: a new deal, 2017.
     """
     curves = torch.from_numpy(likelihood)
-    mode, weights = 0, torch.full((len(_SDS),), 1 / len(_SDS), dtype=torch.float64)
+    # The first mode is that of a prior without the components beside it, one of which would else stand in.
+    mode = _mode(curves, torch.from_numpy((_CENTRES == 0) / (_CENTRES == 0).sum()))
+    weights = torch.full((len(_SDS),), 1 / len(_SDS), dtype=torch.float64)
     for _ in range(n_rounds):
         before = mode
         weights = _weights(curves @ _components(mode).T, weights)
-        coarse = _best(curves, weights, range(-_MODES, _MODES + 1, 4))
-        mode = _best(curves, weights, range(max(coarse - 3, -_MODES), min(coarse + 3, _MODES) + 1))
+        mode = _mode(curves, weights)
         if mode == before:
             break
-    prior = weights @ _components(mode)
-    mass = curves * prior
+    prior, common = weights @ _components(0), float(mode * _STEP)
+    mass = torch.from_numpy(beyond(likelihood, common)) * prior
     mass /= mass.sum(1, keepdim=True)
-    return Posterior(mass.numpy(), prior.numpy())
+    return Posterior(mass.numpy(), prior.numpy(), common)
+
+
+def beyond(curves: Float[ndarray, "genes points"], common: float) -> Float[ndarray, "genes points"]:
+    """Return curves of fold changes as those of what these are more than `common`, a multiple of the step."""
+    places = np.arange(len(LFC)) + round(common / _STEP)
+    return curves[:, np.clip(places, 0, len(LFC) - 1)]
 
 
 @cache
@@ -213,11 +227,16 @@ def _components(mode: int) -> Float[Tensor, "components points"]:
     return density / density.sum(1, keepdim=True)
 
 
-def _best(curves: Float[Tensor, "genes points"], weights: Float[Tensor, "components"], modes: range) -> int:
+def _mode(curves: Float[Tensor, "genes points"], weights: Float[Tensor, "components"]) -> int:
     """Return the mode, in steps above 0, of highest posterior density."""
-    priors = torch.stack([weights @ _components(mode) for mode in modes], 1)
-    fits = (curves @ priors).log_().sum(0) - 0.5 * (torch.tensor(modes) * _STEP / 0.05) ** 2
-    return modes[int(fits.argmax())]
+
+    def best(modes: range) -> int:
+        priors = torch.stack([weights @ _components(mode) for mode in modes], 1)
+        pseudo = torch.logaddexp(-0.5 * (torch.tensor(modes) * _STEP / 0.05) ** 2, torch.tensor(_UNLIKE))
+        return modes[int(((curves @ priors).log_().sum(0) + pseudo).argmax())]
+
+    coarse = best(range(-_MODES, _MODES + 1, 4))
+    return best(range(max(coarse - 3, -_MODES), min(coarse + 3, _MODES) + 1))
 
 
 def _weights(

@@ -16,7 +16,9 @@ from pyrosc.variation import sums
 
 SHARED = ["lfc_mean", "lfc_sd", "lfc_lower", "lfc_upper", "p_up", "p_down", "p_equivalent", "p_de", "p_de_se"]
 CALLS = ["bayes_factor", "expected_fdr", "is_de"]
-RAW = [name + side for side in ("", "_reference") for name in ("mean_share", "raw_mean", "expressing")]
+RAW = ["lfc_common"] + [
+    name + side for side in ("", "_reference") for name in ("mean_share", "raw_mean", "expressing")
+]
 
 
 def normal_draws(mean, sd, n=2000):
@@ -169,7 +171,7 @@ def by_gene(table):
 @pytest.mark.parametrize(("estimand", "rmse", "power"), [("mean", 0.2, 0.85), ("cell", 0.45, 0.5)])
 def test_true_fold_changes_are_found(adata, fit, estimand, rmse, power):
     table = by_gene(ask(fit, adata, group="type_0", reference="type_1", estimand=estimand))
-    true = truth(adata, "type_0", "type_1").loc[table.index]
+    true = truth(adata, "type_0", "type_1").loc[table.index] - table.lfc_common
     assert np.sqrt(np.mean((table.lfc_mean - true) ** 2)) < rmse
     big = np.abs(true) > 1
     assert big.sum() > 20
@@ -204,6 +206,38 @@ def test_the_table(adata, fit, estimand):
         share = cells.sum(0) / cells.sum()
         np.testing.assert_allclose(rows["mean_share" + side], share, rtol=1e-5 if estimand == "mean" else 1)
         np.testing.assert_allclose(rows["mean_share" + side].sum(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_where_abundant_genes_change_the_others_do_not(sign):
+    """Fifteen genes take half of the counts in one group: the shares of all others fall, and say nothing."""
+    rng = np.random.default_rng(0)
+    effect = np.r_[np.full(15, 2.5), np.zeros(385)]
+    base = np.r_[np.full(15, 10.0), rng.gamma(0.6, 1.5, 363) + 0.3, np.zeros(22)]
+    group = np.arange(400) % 2
+    mean = base * 2.0 ** (effect * group[:, None]) * rng.lognormal(0, 0.3, (400, 1))
+    x = rng.poisson(rng.gamma(3, mean / 3)).astype(np.float32)
+    obs = pd.DataFrame({"group": group.astype(str)}, index=[f"c{i}" for i in range(400)])
+    data = pyrosc.from_anndata(anndata.AnnData(x, obs=obs))
+    fit = pyrosc.fit_svi(pyrosc.criticism.NoStructure.for_data(data), data, epochs=1, progress=False)
+    sides = {"group": "1", "reference": "0"} if sign > 0 else {"group": "0", "reference": "1"}
+    table = (
+        differential_expression(fit, data, groupby="group", **sides)
+        .set_index("gene")
+        .loc[list(data.schema.genes)]
+    )
+    common = np.log2(base.sum() / (base * 2.0**effect).sum())
+    assert common < -0.9
+    np.testing.assert_allclose(sign * table.lfc_common, common, atol=0.06)
+    assert table.is_de[:15].all()
+    assert (table.lfc_mean[:15] * sign > 2).all()
+    assert table.is_de[15:].sum() <= 1
+    assert not table.is_de[378:].any()  # of which nothing was counted
+    np.testing.assert_allclose(
+        np.log2(table.mean_share / table.mean_share_reference)[:15],
+        table.lfc_mean[:15] + table.lfc_common[:15],
+        atol=0.1,
+    )
 
 
 def test_several_groups_are_called_jointly(adata, fit):
@@ -474,7 +508,7 @@ def test_two_fold_changes_are_found_at_the_nominal_rate():
         x = rng.poisson(rng.gamma(3, mean / 3)).astype(np.float32)
         other, arm = sums(csr_array(x), group, 2, group * 0, 1)
         table = compare(shrink(likelihood(arm, other)))
-        true = effect - np.log2((base * 2.0**effect).sum() / base.sum())
+        true = effect
         called, null = table.is_de.to_numpy(), effect == 0
         found.append((called & ~null).sum())
         wrong.append((called & null).sum() / called.sum())

@@ -53,7 +53,8 @@ def coverage(n_seeds, **kinds):
     for seed in range(n_seeds):
         adata, sets, true = simulated(seed, **kinds)
         table = ask(adata, sets, **settings)[1].set_index("set").loc[list(sets)]
-        inside.append((table.lfc_lower <= true) & (true <= table.lfc_upper))
+        beyond = true - table.lfc_common
+        inside.append((table.lfc_lower <= beyond) & (beyond <= table.lfc_upper))
     return np.mean(inside)
 
 

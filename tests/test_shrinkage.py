@@ -261,12 +261,23 @@ def test_the_prior_can_have_more_modes_than_one():
     assert at(-1.0) > 2 * at(-0.5)
 
 
-def test_the_prior_follows_a_shift_of_most_genes():
+@pytest.mark.parametrize("shift", [-0.2, -1.5, 0.8])
+def test_what_most_genes_have_in_common_is_subtracted(shift):
     rng = np.random.default_rng(10)
-    truth = np.where(np.arange(400) < 360, -0.2, 1.0)
+    truth = np.where(np.arange(400) < 360, shift, shift + 1.2)
     posterior = shrink(normal_curves(rng.normal(truth, 0.2), np.full(400, 0.2)))
-    assert LFC[posterior.prior.argmax()] == pytest.approx(-0.2, abs=0.051)
-    assert np.abs(posterior.mean[:360].mean() + 0.2) < 0.03
+    assert posterior.common == pytest.approx(shift, abs=0.051)
+    assert LFC[posterior.prior.argmax()] == 0
+    assert np.abs(posterior.mean[:360].mean()) < 0.03
+    assert covered(posterior, truth - posterior.common).mean() > 0.88
+    assert (posterior.above(0.25)[360:] > 0.9).mean() > 0.9
+
+
+def test_curves_beyond_a_fold_change_are_those_of_the_rest():
+    curves = normal_curves(np.array([0.3, 9.0]), np.array([0.2, 0.4]))
+    moved = shrinkage.beyond(curves, 0.75)
+    np.testing.assert_allclose(moved[0], normal_curves(np.array([-0.45]), np.array([0.2]))[0], atol=1e-12)
+    np.testing.assert_array_equal(moved[:, -31:], np.repeat(curves[:, -1:], 31, 1))
 
 
 def test_few_genes_are_not_shrunk_onto_themselves():
