@@ -5,6 +5,7 @@ One primitive, :func:`draws`. Nothing of the size draws x cells x genes is held 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, TypeVar
 
 import anndata
@@ -321,6 +322,11 @@ def in_order(values: Any, data: Counts, what: str) -> Any:
         )
         raise ValueError(msg)
     return values.loc[names]
+
+
+def is_between(value: Any, low: Any, high: Any) -> bool:
+    """Say whether it is a number between these, and neither of them."""
+    return bool(isinstance(value, Real) and low < value < high)
 
 
 def check_draws(n_draws: Any, name: str = "n_draws") -> None:

@@ -69,9 +69,10 @@ def pairs_of(codes: ndarray, names: list[str], group: Any, reference: Any) -> li
         if n[name] < 2:
             msg = f"group {name!r} has {n[name]} cells, 2 are needed: leave it out, or merge it with another"
             raise ValueError(msg)
-    if rest and any(sum(n.values()) - n[name] < 2 for name in asked):
-        msg = f"fewer than 2 cells are outside of {asked[0]!r}: a comparison needs two groups of 2 cells each"
-        raise ValueError(msg)
+    for name in asked if rest else ():
+        if sum(n.values()) - n[name] < 2:
+            msg = f"fewer than 2 cells are outside of {name!r}: a comparison needs two groups of 2 cells each"
+            raise ValueError(msg)
     return [(names.index(name), -1 if rest else names.index(reference)) for name in asked]
 
 

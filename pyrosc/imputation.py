@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrosc.asking import asked, batch_codes, check_draws, columns_of, stream
+from pyrosc.asking import asked, batch_codes, check_draws, columns_of, is_between, stream
 from pyrosc.counts import Counts
 from pyrosc.imputed import Imputation, imputation
 from pyrosc.rates import Rates, Size, parts_of, rate_answers, sizes_of
@@ -84,7 +84,8 @@ def impute(
         Posterior draws of each cell.
     interval
         Probability of the interval between `lower` and `upper`. One of 90% takes 19 draws: with fewer it is
-        from the least to the greatest. One of whole counts has at least this probability.
+        from the least to the greatest, and with one it says nothing, nor do `sd` and `information` of
+        shares and counts. One of whole counts has at least this probability.
     site
         Name of the site of shares, by default ``"rho"``; unless `what` is one of these two, name of the site
         of counts, by default ``"x"``.
@@ -123,17 +124,18 @@ def impute(
 
     Posterior means invent correlations between genes: what two genes share through the cell's state stays,
     and the noise in which they differ is gone. Between independent genes of simulated cells of one type
-    shares are correlated by 0.26 in the mean, log rates by 0.04, counts by 0.02. Take none from them: repeat
-    the analysis on each data set of :func:`~pyrosc.multiple_imputation`.
+    shares are correlated by 0.26 in the mean; rates by 0.63, and by 0.04 once they are logs per 10^4, as
+    counts are by 0.14 and 0.02 (a cell's total is in both). Take none from them: repeat the analysis on each
+    data set of :func:`~pyrosc.multiple_imputation`.
     """
     _check_question(what, library, depth, batch, threshold)
     _check_interval(interval)
     _check_dtype(dtype, what)
     check_draws(n_draws)
     columns = columns_of(fit, data, genes)
-    data, unit = asked(fit, data), _unit(what, library, depth, threshold)
-    library = {"share": 1.0, "log1p": 1e4}.get(what) if library is None else library
-    size = None if library is None else sizes_of(library, data, "library")
+    data = asked(fit, data)
+    at = {"share": 1.0, "log1p": 1e4}.get(what) if library is None else library
+    size = None if at is None else sizes_of(at, data, "library")
     asking: dict[str, Any] = {"n_draws": n_draws, "batch": batch, "parallel": parallel, "seed": seed}
     if what in ("share", "count"):
         answers = _decoded(fit, data, columns, interval, library=size, site=site or "rho", **asking)
@@ -144,7 +146,7 @@ def impute(
             size, scale = new, size / new
         use = _summary(what, scale, threshold, interval)
         answers = rate_answers(fit, data, use, columns, library=size, site=site or "x", **asking)
-    names = np.array(fit.schema.genes)[columns]
+    unit, names = _unit(what, library, depth, threshold), np.array(fit.schema.genes)[columns]
     return imputation(
         answers, unit, interval, data.cell_names, names, dtype=dtype, store=store, progress=progress
     )
@@ -299,6 +301,6 @@ def _check_dtype(dtype: str, what: str) -> None:
 
 
 def _check_interval(interval: float) -> None:
-    if not 0 < interval < 1:
+    if not is_between(interval, 0, 1):
         msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)

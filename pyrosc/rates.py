@@ -140,7 +140,9 @@ def sizes_of(size: Size, data: Counts, name: str) -> Float[Tensor, "cells 1"]:
     ValueError
         If there are more or fewer than cells, or a number is not above 0.
     """
-    values = np.asarray(in_order(size, data, name), np.float32)
+    size = in_order(size, data, name)
+    values = np.asarray(size)
+    values = values.astype(np.float32) if values.dtype.kind in "fiu" else np.array(np.nan)
     if values.shape not in ((), (data.n_cells,)) or not ((values > 0) & (values < np.inf)).all():
         got = f"{values.shape}, the least {values.min(initial=np.inf)}" if values.ndim else repr(size)
         msg = f"{name} is a number of counts above 0, or one for each of the {data.n_cells} cells, not {got}"
