@@ -27,11 +27,17 @@ from pyrosc.compiled import log_density_for
 
 _SMALLEST_MEAN = torch.finfo(torch.float32).tiny  # at a positive count, where a mean of 0 gives -inf
 _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a library size it is finite in float32
-_LARGEST_RATE = 4e9  # CUDA's Poisson sampler counts in 32 bits
+_LARGEST_RATE = 4e9
 
 
 def new_counts(rate: Tensor) -> Tensor:
-    """Draw Poisson counts of these means, which are taken for 4e9 where they are more."""
+    """Draw Poisson counts.
+
+    Parameters
+    ----------
+    rate
+        Means, in counts; 4e9 where they are more, since CUDA's sampler counts in 32 bits.
+    """
     return torch.poisson(rate.clamp(max=_LARGEST_RATE))
 
 
