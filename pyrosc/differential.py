@@ -276,7 +276,8 @@ def differential_expression(
     m + t_g has the quasi-likelihood of :func:`pyrosc.shrinkage.likelihood`, and t_g a prior learned across
     the genes by :func:`pyrosc.shrinkage.shrink`, of each comparison by itself. m is what most genes have in
     common: shares sum to 1, so where a few abundant genes rise, all others fall by as much, which says
-    nothing of these. The fold change is t_g; that of the shares is m + t_g.
+    nothing of these. The fold change is t_g; that of the shares is m + t_g. Ten genes or more are needed to
+    know m: of few, which are the ones that change is not in the counts.
 
     `"cell"` (Lopez 2018, Boyeau 2023): is a random cell of A different from a random cell of B? Each of
     `n_draws` pairs is a cell of either group, a draw of the shares rho of both from the fit, and ::

@@ -144,7 +144,7 @@ def sizes_of(size: Size, data: Counts, name: str) -> Float[Tensor, "cells 1"]:
     values = np.asarray(size)
     values = values.astype(np.float32) if values.dtype.kind in "fiu" else np.array(np.nan)
     if values.shape not in ((), (data.n_cells,)) or not ((values > 0) & (values < np.inf)).all():
-        got = f"{values.shape}, the least {values.min(initial=np.inf)}" if values.ndim else repr(size)
+        got = f"{values.shape}, the least {values.min(initial=np.inf)}" if values.ndim else f"{size!r:.40}"
         msg = f"{name} is a number of counts above 0, or one for each of the {data.n_cells} cells, not {got}"
         raise ValueError(msg)
     return torch.as_tensor(np.broadcast_to(values, data.n_cells).copy())[:, None]

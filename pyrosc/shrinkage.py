@@ -21,7 +21,7 @@ LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 _STEP = LFC[1] - LFC[0]
 _CENTRES = np.r_[np.zeros(7), np.arange(-4, 0, 0.5), np.arange(0.5, 4.5, 0.5)]
 _SDS = np.r_[0.05 * 2.0 ** np.arange(7), np.full(16, 0.35)]
-_MODES = 80  # the prior's mode is one of so many points to either side of 0
+_MODES = 200  # the prior's mode is one of so many points to either side of 0
 _UNLIKE = -8.0  # log probability that the one gene which holds the mode at 0 is unlike the others
 _WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
@@ -146,11 +146,11 @@ class Posterior:
 
     def above(self, t: float) -> Float[ndarray, "genes"]:
         """P(lfc > t)."""
-        return self._expected(_share_above(t))
+        return self._expected(_share_above(t)).clip(0, 1)  # (a sum of mass may be rounded up)
 
     def below(self, t: float) -> Float[ndarray, "genes"]:
         """P(lfc < t)."""
-        return self._expected(1 - _share_above(t))
+        return self._expected(1 - _share_above(t)).clip(0, 1)
 
     def quantile(self, q: float) -> Float[ndarray, "genes"]:
         """Return the log2 fold change with probability q below it."""
@@ -182,7 +182,8 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
     counts can support.
 
     The mode is what most genes have in common, and is subtracted: shares sum to 1, so where some genes rise,
-    all others fall, and of a gene without counts that would be all that is known.
+    all others fall, and of a gene without counts that would be all that is known. It is found between -5 and
+    5, and of fewer than ten genes hardly: which of three are the ones that change, shares do not say.
 
     One pseudo-gene, spread evenly over the components, keeps the weights of few genes from the edge, and
     one, at 0 and of sd .05, the mode.
@@ -208,7 +209,7 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
         mode = _mode(curves, weights)
         if mode == before:
             break
-    prior, common = weights @ _components(0), float(mode * _STEP)
+    prior, common = weights @ _components(0), round(float(mode * _STEP), 3)
     mass = torch.from_numpy(beyond(likelihood, common)) * prior
     mass /= mass.sum(1, keepdim=True)
     return Posterior(mass.numpy(), prior.numpy(), common)

@@ -261,7 +261,7 @@ def test_the_prior_can_have_more_modes_than_one():
     assert at(-1.0) > 2 * at(-0.5)
 
 
-@pytest.mark.parametrize("shift", [-0.2, -1.5, 0.8])
+@pytest.mark.parametrize("shift", [-0.2, -1.5, 0.8, -3.1, 4.5])
 def test_what_most_genes_have_in_common_is_subtracted(shift):
     rng = np.random.default_rng(10)
     truth = np.where(np.arange(400) < 360, shift, shift + 1.2)
