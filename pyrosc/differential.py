@@ -199,12 +199,13 @@ def _in_blocks(
     """Summarise so many draws, a block of them at a time: of the interval's ends this is the blocks' mean."""
     n_blocks = -(-n_draws // _BLOCK)
     sizes = [n_draws // n_blocks + (i < n_draws % n_blocks) for i in range(n_blocks)]
-    features, shares = [], []
-    for n in sizes:
-        lfc, mean = decoded(n)
+
+    def summarised(n: int) -> tuple[pd.DataFrame, ndarray]:
+        lfc, shares = decoded(n)
         block = _features(Draws(lfc), delta, interval)
-        features.append(block.assign(square=block.lfc_sd**2 + block.lfc_mean**2))
-        shares.append(mean)
+        return block.assign(square=block.lfc_sd**2 + block.lfc_mean**2), shares
+
+    features, shares = zip(*map(summarised, sizes), strict=True)
     table = pd.DataFrame(np.average(features, 0, sizes), columns=features[0].columns)
     table["lfc_sd"] = np.sqrt(np.maximum(0, table.pop("square") - table.lfc_mean**2))
     return _rows(table, n_draws, 0.5), np.average(shares, 0, sizes)
