@@ -243,3 +243,17 @@ def test_levels_are_named_once(small):
     adata, fit = small
     with pytest.raises(ValueError, match="each once"):
         interaction(fit, adata, **QUESTION, level=["B", "B"])
+
+
+def test_cells_of_another_condition_do_not_change_how_donors_are_paired():
+    adata, _ = simulated(3, n_genes=60, tau=0.3, n_donors=6, changed=10)
+    rng = np.random.default_rng(0)
+    other = rng.random(adata.n_obs) < 0.2
+    of_type = np.isin(adata.obs.donor, ["d0", "d1", "d2"]) == (adata.obs.cell_type == "T")
+    donor = np.where(other, [f"x{i}" for i in rng.integers(0, 10, adata.n_obs)], adata.obs.donor)
+    adata.obs = adata.obs.assign(donor=donor, condition=np.where(other, "other", adata.obs.condition))
+    adata = adata[other | of_type].copy()  # each donor of one type, but those of the third condition of both
+    fit = fit_of(adata)
+    alone = interaction(fit, adata[adata.obs.condition != "other"], **QUESTION, replicate_key="donor")
+    assert alone.replicates.eq(3).all()
+    pd.testing.assert_frame_equal(interaction(fit, adata, **QUESTION, replicate_key="donor"), alone)

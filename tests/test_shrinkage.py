@@ -229,6 +229,12 @@ def test_a_point_of_the_grid_is_spread_over_its_surroundings():
     np.testing.assert_allclose(posterior.sd, 0.025 / np.sqrt(12))
 
 
+def test_probabilities_are_no_more_than_1_where_a_sum_was_rounded_up():
+    mass = normal_curves(np.array([3.0]), np.array([0.2]))
+    posterior = Posterior(mass / mass.sum() * (1 + 1e-12), mass[0] / mass.sum())
+    assert posterior.above(-1.0)[0] == posterior.below(7.0)[0] == 1
+
+
 @pytest.mark.parametrize("prior", ["spikes", "gauss", "laplace"])
 def test_intervals_cover_what_they_should(prior):
     rng = np.random.default_rng(8)
