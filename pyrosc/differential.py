@@ -41,13 +41,6 @@ class Draws:
 
     lfc: Float[ndarray, "draws genes"]
 
-    def __post_init__(self) -> None:
-        if not (self.lfc.size and np.isfinite(self.lfc).all()):
-            msg = (
-                "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
-            )
-            raise ValueError(msg)
-
     @cached_property
     def _sorted(self) -> Float[ndarray, "genes draws"]:
         by_gene = self.lfc.T.copy(order="C")
@@ -170,6 +163,11 @@ def summarise(
         lfc = np.asarray(lfc)
         if lfc.ndim != 2 or lfc.dtype.kind != "f":
             msg = f"draws of fold changes are floats, draws x genes, not {lfc.dtype} of shape {lfc.shape}"
+            raise ValueError(msg)
+        if not (lfc.size and np.isfinite(lfc).all()):
+            msg = (
+                "log2 fold changes must be finite, and of one draw at least: add a pseudo-share to the shares"
+            )
             raise ValueError(msg)
         return _rows(_features(Draws(lfc), delta, interval), len(lfc), 0.5 if prior_de is None else prior_de)
     prior = lfc.prior_de(delta) if prior_de is None else prior_de
@@ -491,12 +489,12 @@ def _cells(
             if rho[0].shape[-1] != data.n_genes:
                 msg = f"site {site!r} has {rho[0].shape[-1]} entries a cell, not a share of each gene"
                 raise ValueError(msg)
-            if not all(r.isfinite().all() for r in rho):
-                msg = f"site {site!r} of the fit is not finite: look at pyrosc.draws(fit, data, {site!r})"
-                raise ValueError(msg)
             for a, b in zip(*(r.split(64) for r in rho), strict=True):  # (turned piece by piece: faster)
                 lfc[:, done : done + len(a)] = ((a + eps) / (b + eps)).log2_().T
                 done += len(a)
             for sum_, r in zip(total, rho, strict=True):
                 sum_ += r.sum(0)
+    if not lfc.isfinite().all():
+        msg = f"site {site!r} of the fit is not finite, or below 0: look at pyrosc.draws(fit, data, {site!r})"
+        raise ValueError(msg)
     return lfc.numpy().T, np.stack([(sum_ / n_draws).cpu().numpy() for sum_ in total])

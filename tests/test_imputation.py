@@ -739,7 +739,9 @@ def test_half_precision_keeps_three_digits_and_says_what_it_cannot_hold():
         half, whole = (impute(fit, adata, what, n_draws=9, dtype=d) for d in ("float16", "float32"))
         for name in FIELDS:
             assert getattr(half, name).dtype == np.float16
-            np.testing.assert_allclose(getattr(half, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
+            # (Ends are rounded outwards, by up to a digit.)
+            rtol = 5e-4 if name in ("mean", "sd") else 1e-3
+            np.testing.assert_allclose(getattr(half, name), getattr(whole, name), rtol=rtol, atol=1e-6)
         assert (half.lower <= whole.lower).all()
         assert (half.upper >= whole.upper).all()
     with pytest.raises(ValueError, match=r'float16 has no room for .*: ask for dtype="float32", or for'):
