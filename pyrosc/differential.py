@@ -352,12 +352,14 @@ def differential_expression(
     Without a `replicate_key` cells count as independent: with few donors, intervals are too narrow for
     conclusions about donors. With one, the log rate of each donor, in each batch and on each side, has an
     error of variance tau_g^2, estimated from the counts by :func:`pyrosc.variation.between_replicates`. A
-    donor with cells on both sides is compared with itself, the others with those of their batch. With fewer
-    than two donors on a side tau_g^2 is the other side's, or taken for 0: fold changes, intervals and
-    probabilities are then about these donors, which nothing tells from their group. There is a warning,
-    nothing is called, and the comparison has no part in the false discovery rate of others. Where all donors
-    of a side have a cell on the other too, a donor with cells on the other side alone has none to stand
-    against, and is left out.
+    donor with cells on both sides is compared with itself, the others with those of their batch. These two
+    kinds have a tau_g^2 each, and what either shows is weighed by it, so that donors of one side take nothing
+    from what those of both show (one alone against one alone, whose tau_g^2 nothing shows, is then not
+    used); a single donor of both sides counts as one of the others. With fewer than two donors on a side
+    tau_g^2 is the other side's, or taken for 0: fold changes, intervals and probabilities are then about
+    these donors, which nothing tells from their group. There is a warning, nothing is called, and the
+    comparison has no part in the false discovery rate of others. Where all donors of a side have a cell on
+    the other too, a donor with cells on the other side alone has none to stand against, and is left out.
 
     The means do not use the fit's decoder, only its genes and batches, by evidence: an experiment, made once,
     before m was subtracted (what `benchmarks/differential.py` finds is in the README). 300 genes, 20 doubled

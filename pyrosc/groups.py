@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from pyrosc.asking import in_order
@@ -129,6 +129,9 @@ class Comparison:
         Of each unit: those of one stratum have a rate in common.
     stratum_of_cell : ndarray of shape (cells,)
         The same of each cell's unit, -1 where it is not compared.
+    within : ndarray of shape (units,)
+        Of each unit, whether it has cells of both sides, in two replicates at least: of a single one nobody
+        knows how its fold change differs from others', so it counts as one of those that have one side.
     replicates : tuple of int, or None
         How many replicates either side has, where units are replicates.
     """
@@ -141,6 +144,7 @@ class Comparison:
     b: Arm
     stratum: Int[ndarray, "units"]
     stratum_of_cell: Int[ndarray, "cells"]
+    within: Bool[ndarray, "units"]
     replicates: tuple[int, int] | None
 
     @property
@@ -151,7 +155,9 @@ class Comparison:
     @cached_property
     def likelihood(self) -> Float[ndarray, "genes points"]:
         """:func:`pyrosc.shrinkage.likelihood` of each gene's log2 fold change."""
-        return likelihood(self.a, self.b, None if self.replicates is None else self.stratum)
+        if self.replicates is None:
+            return likelihood(self.a, self.b)
+        return likelihood(self.a, self.b, self.stratum, self.within)
 
 
 def comparisons(
@@ -194,8 +200,9 @@ def compared(
         of_cell = of_unit[units.of_cell]
         side = np.select([of_cell < 0, codes == a, codes >= 0 if b < 0 else codes == b], [-1, 0, 1], -1)
         reference = "rest" if b < 0 else names[b]
-        n = None
+        n, within = None, (arm.cells > 0) & (other.cells > 0)
         if units.replicate is not None:
+            within &= len(np.unique(units.replicate[use][within])) > 1
             n = count_replicates(arm, other, units.replicate[use])
             if min(n) < 2:
                 warnings.warn(
@@ -204,7 +211,7 @@ def compared(
                     "about these replicates only, and nothing is called",
                     stacklevel=3,
                 )
-        yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, n)
+        yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)
 
 
 def comparable(

@@ -4,12 +4,14 @@ It knows sums of counts, not models. Each of the three is a curve over :data:`LF
 Curves of all genes are worked on in torch: numpy's threads and torch's, taking turns, wait for each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
+from operator import add
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -32,7 +34,10 @@ _BLOCK = 256  # genes at a time, so that what is held between two operations sta
 
 
 def likelihood(
-    a: Arm, b: Arm, stratum: Int[ndarray, "units"] | None = None
+    a: Arm,
+    b: Arm,
+    stratum: Int[ndarray, "units"] | None = None,
+    within: Bool[ndarray, "units"] | None = None,
 ) -> Float[ndarray, "genes points"]:
     r"""Return the quasi-likelihood of each log2 fold change of a against b; its maximum is 1.
 
@@ -53,12 +58,18 @@ def likelihood(
     than it seems. With nu = 2 (Var U)^2 / ((d Var U / d tau^2)^2 e) degrees of freedom (Satterthwaite), the
     likelihood is that of Student's t, (1 - 2 q / nu)^(-(nu + 1) / 2).
 
+    Replicates that are compared with themselves differ by less than those compared with others. Either kind
+    has a tau^2 and a likelihood of its own, and these are multiplied; one that does not show its tau^2, such
+    as a single replicate against a single other, is left out where the other kind does.
+
     Parameters
     ----------
     a, b
         Sums over the two arms, of each unit. Strata without cells of both say nothing.
     stratum
         Of each unit, which is a replicate. None: each unit is a stratum, and tau^2 is 0.
+    within
+        Of each unit, whether it has cells of both arms and is compared with itself. None: one kind.
 
     References
     ----------
@@ -66,8 +77,30 @@ def likelihood(
     """
     # An arm of single cells borrows the other's dispersion.
     phi = [dispersion(arm if (arm.cells > 1).any() else other) for arm, other in ((a, b), (b, a))]
-    found = None if stratum is None else between_replicates(a, b, stratum, phi)
-    pool = strata(np.arange(len(a.l)) if stratum is None else stratum)
+    if stratum is None:
+        return _as_density(_log_likelihood(a, b, np.arange(len(a.l)), phi, None))
+    within = np.zeros(len(stratum), dtype=bool) if within is None else within
+    kinds = [kind for kind in (within, ~within) if kind.any()]
+    parts = [(a[kind], b[kind], np.unique(stratum[kind], return_inverse=True)[1]) for kind in kinds]
+    found = [between_replicates(*part, phi) for part in parts]
+    known = [i for i, of_part in enumerate(found) if of_part is not None] or range(len(parts))
+    return _as_density(reduce(add, (_log_likelihood(*parts[i], phi, found[i]) for i in known)))
+
+
+def _as_density(log: Float[Tensor, "genes points"]) -> Float[ndarray, "genes points"]:
+    """Return a log likelihood's exponential, its maximum 1."""
+    return log.sub_(log.amax(1, keepdim=True)).clamp_(min=_LEAST).exp_().numpy()
+
+
+def _log_likelihood(
+    a: Arm,
+    b: Arm,
+    stratum: Int[ndarray, "units"],
+    phi: Sequence[Float[ndarray, "genes"]],
+    found: tuple[Float[ndarray, "genes"], Float[ndarray, "genes"]] | None,
+) -> Float[Tensor, "genes points"]:
+    """Return the logarithm of :func:`likelihood`, of units of one kind; found: tau^2 and its error."""
+    pool = strata(stratum)
     (xa, la), (xb, lb) = ((pool @ arm.x, (pool @ arm.l)[:, None]) for arm in (a, b))
     extra, between = np.zeros_like(xa), np.zeros_like(la)
     for arm, f, l in ((a, phi[0], la), (b, phi[1], lb)):
@@ -95,7 +128,7 @@ def likelihood(
         # (At no difference: what a call has to stand out from.)
         nu = _freedom(x, la / np.maximum(la + lb, 1), extra, between, error)
         curves.mul_(-2 / nu).log1p_().mul_(-(nu + 1) / 2)
-    return curves.clamp_(min=_LEAST).exp_().numpy()
+    return curves
 
 
 def _freedom(

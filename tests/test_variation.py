@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from pyrosc import differential_expression, fit_svi, from_anndata, variation
-from pyrosc.groups import comparable
+from pyrosc.groups import comparable, comparisons
 from pyrosc.shrinkage import LFC, likelihood, shrink
 from pyrosc.variation import between_replicates, dispersion, sums
 
@@ -139,16 +139,19 @@ class Shares(torch.nn.Module):
         pass
 
 
-def asked(x, side, donor, batches=None, **told):
+def fitted(x, side, donor, batches=None):
     names = [f"cell {i}" for i in range(len(x))]
     obs = pd.DataFrame({"side": np.array(["ref", "case"])[side], "donor": [f"d{i}" for i in donor]}, names)
     adata = ad.AnnData(sp.csr_matrix(x), obs=obs)
     if batches is not None:
         adata.obs["batch"] = [f"b{i}" for i in batches]
     data = from_anndata(adata, batch_key=None if batches is None else "batch")
-    fit = fit_svi(Shares(x.shape[1]), data, epochs=1, progress=False)
+    return fit_svi(Shares(x.shape[1]), data, epochs=1, progress=False), adata
+
+
+def asked(x, side, donor, batches=None, **told):
     told = {"groupby": "side", "group": "case", "replicate_key": "donor"} | told
-    return differential_expression(fit, adata, **told)
+    return differential_expression(*fitted(x, side, donor, batches), **told)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -168,6 +171,48 @@ def test_donors_one_on_each_side_of_a_batch_are_no_difference_of_their_groups():
     lfc = lfc[table.gene.astype(int)]
     assert ((table.lfc_lower <= lfc) & (lfc <= table.lfc_upper)).mean() > 0.85
     assert (table.replicates == 4).all()
+
+
+def donors_of_both_kinds(seed, n_paired, others):
+    """Cells, sides, donors and batches: paired donors in batch 0; others, in batches of `others` a side."""
+    x, side, donor, lfc = donors(
+        seed, n_paired + 2 * sum(others), 0.05, paired=True, genes=1000, mean=3.0, lfc_sd=0.7
+    )
+    batch = np.repeat(np.arange(1 + len(others)), [n_paired, *(2 * n for n in others)])[donor]
+    keep = (batch == 0) | (side == donor % 2)  # each of the others has one side only
+    return x[keep], side[keep], donor[keep], batch[keep], lfc
+
+
+@pytest.mark.parametrize("others", [[1], [1, 1], [3]])
+def test_donors_of_one_side_take_nothing_from_those_of_both(others):
+    """Donors differ by .5, the sides of one by .05: with the others no fewer genes are found than without."""
+    x, side, donor, batch, lfc = donors_of_both_kinds(0, 4, others)
+    found = []
+    for use in (batch == 0, batch >= 0):
+        table = asked(x[use], side[use], donor[use], batches=batch[use])
+        true = lfc[table.gene.astype(int)] - table.lfc_common
+        found.append((table.is_de & (np.abs(true) > 0.25)).sum())
+        assert ((table.lfc_lower <= true) & (true <= table.lfc_upper)).mean() > 0.88
+    assert found[1] > 0.98 * found[0]
+
+
+def test_a_single_donor_of_both_sides_is_one_of_those_of_one():
+    """In two batches it has two fold changes, which says nothing of how other donors' differ."""
+    x, side, donor, batch, _ = donors_of_both_kinds(0, 1, [4])
+    twice = np.where(donor == 0, 2 * (np.arange(len(x)) % 2), batch)
+    fit, adata = fitted(x, side, donor, twice)
+    (pair,) = comparisons(
+        fit,
+        from_anndata(adata, batch_key="batch"),
+        groupby="side",
+        group="case",
+        reference="ref",
+        replicate_key="donor",
+        batch="average",
+    )
+    assert ((pair.a.cells > 0) & (pair.b.cells > 0)).sum() == 2
+    assert not pair.within.any()
+    assert pair.replicated
 
 
 def test_fold_changes_beyond_what_donors_do_are_found():
