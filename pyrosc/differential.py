@@ -452,6 +452,9 @@ def _check_estimand(estimand: str, n_draws: int, replicate_key: Any) -> None:
         msg = 'replicates are of the means\' question: give estimand="mean", or no replicate_key'
         raise ValueError(msg)
     check_draws(n_draws)
+    if estimand == "cell" and n_draws < 2:
+        msg = "one pair of cells shows no spread of fold changes: n_draws must be at least 2, and better 2000"
+        raise ValueError(msg)
 
 
 def _log_odds(p: Any, least: float) -> Any:

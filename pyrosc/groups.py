@@ -43,6 +43,9 @@ def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarra
 def pairs_of(codes: ndarray, names: list[str], group: Any, reference: Any) -> list[tuple[int, int]]:
     """Return the codes of the groups to compare, -1 for the rest; raise where a comparison makes no sense."""
     n = dict(zip(names, np.bincount(codes[codes >= 0], minlength=len(names)), strict=True))
+    if not (isinstance(reference, str) or np.isscalar(reference) or reference is None):
+        msg = f'reference is the name of one group, or "rest", not {type(reference).__name__}'
+        raise ValueError(msg)
     rest = reference == "rest"
     if rest and "rest" in names:
         msg = (

@@ -457,6 +457,8 @@ def test_a_program_without_l_and_with_other_names_will_do(adata):
         ({"groupby": ["a"] * 5}, ValueError, "5 values for 600 cells"),
         ({"group": "type_9"}, ValueError, "no group 'type_9'; there are type_0, type_1, type_2"),
         ({"reference": "type_9"}, ValueError, "no group 'type_9'"),
+        ({"reference": np.array(["type_1", "type_2"])}, ValueError, "name of one group.*not ndarray"),
+        ({"estimand": "cell", "n_draws": 1}, ValueError, "n_draws must be at least 2"),
         ({"group": "type_0", "reference": "type_0"}, ValueError, "another reference"),
         ({"group": ["type_0", "type_0"]}, ValueError, "each once"),
         ({"group": []}, ValueError, "can't compare"),
