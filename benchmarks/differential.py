@@ -29,8 +29,9 @@ Contestants: `pyrosc`, differential_expression(estimand="mean"), told of batches
 mixture with mode 0 and delta-method errors for the raw log ratios of group means; `wilcoxon`, scanpy's on
 log1p of counts per median total, Benjamini-Hochberg; `pseudobulk` (donors only), t tests of log counts per
 million of each donor's sum, paired where donors have both sides, Benjamini-Hochberg; `scvi`, scvi-tools'
-change mode with its defaults (delta .25, fdr .05) and the batch key, `--scvi-seeds` of them; `deseq2` (donors
-only), pydeseq2 on the donors' sums, donors in the design where they have both sides.
+change mode with its defaults (delta .25, fdr .05) and the batch key, `--scvi-seeds` of them; `deseq2`,
+pydeseq2 on the donors' sums, donors in the design where they have both sides, and in splatter, which has no
+donors, on cells as samples, batches in the design.
 
     python benchmarks/differential.py --data DIR --peer-python PEER/bin/python
     python benchmarks/differential.py --parts simulated --seeds 0 1 2
@@ -314,7 +315,10 @@ def part_splatter(options: argparse.Namespace) -> Iterator[dict]:
     true, less = adata.var.true_log2fc_group2_vs_group1.to_numpy(), np.log2(two.sum() / one.sum())
     changed = adata.var.is_de.to_numpy(dtype=bool)
     adata.obs["side"] = np.where(adata.obs.cell_type == "Group2", "1", "0")
-    for name, ask in contestants(adata, 0, options):
+    known = contestants(adata, 0, options)
+    if options.deseq2_python and "deseq2" in (options.contestants or ["deseq2"]):
+        known.append(("deseq2", lambda cells: by_deseq2(cells, options.deseq2_python)))
+    for name, ask in known:
         yield {"setting": "splatter", "contestant": name, "n_changed": int(changed.sum())} | scores(
             ask(adata), true - less * (name not in RELATIVE), changed
         )

@@ -2,10 +2,11 @@
 
     python deseq2_de.py FOLDER
 
-FOLDER holds cells.h5ad (counts in X; obs["side"], "0" or "1", and obs["donor"]). Counts are summed over the
-cells of each donor on each side; the design is the side, and the donor too where donors have both. job.json
-says `beyond` which log2 fold change a gene is to be, 0 for any. It gets answer.csv: for each gene lfc_mean
-(log2), stat and padj.
+FOLDER holds cells.h5ad (counts in X; obs["side"], "0" or "1", and obs["donor"] or obs["batch"]). Counts are
+summed over the cells of each donor on each side; the design is the side, and the donor too where donors have
+both. Without donors each cell is a sample, the design batch and side, and size factors are of positive
+counts. job.json says `beyond` which log2 fold change a gene is to be, 0 for any. It gets answer.csv: for
+each gene lfc_mean (log2), stat and padj.
 """
 
 from __future__ import annotations
@@ -22,8 +23,14 @@ from pydeseq2.ds import DeseqStats
 from scipy import sparse
 
 
-def main(folder: Path) -> None:
-    adata = ad.read_h5ad(folder / "cells.h5ad")
+def of_cells(adata: ad.AnnData) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return counts, what is known of the samples, and the design, where each cell is a sample."""
+    counts = pd.DataFrame(adata.X.toarray().astype(int), adata.obs_names, adata.var_names)
+    return counts, "s" + adata.obs[["side", "batch"]].astype(str), "~batch + side"
+
+
+def of_donors(adata: ad.AnnData) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return the same of sums over each donor's cells on each side."""
     units = adata.obs[["donor", "side"]].astype(str)
     code, rows = pd.factorize(pd.MultiIndex.from_frame(units))
     member = sparse.csr_matrix((np.ones(len(code)), (code, np.arange(len(code)))))
@@ -36,8 +43,15 @@ def main(folder: Path) -> None:
     if paired.sum() > 1:
         both = about.donor.isin(paired.index[paired])
         counts, about = counts[both], about[both]
-    design = "~donor + side" if paired.sum() > 1 else "~side"
-    data = DeseqDataSet(counts=counts, metadata=about, design=design, quiet=True)
+    return counts, about, "~donor + side" if paired.sum() > 1 else "~side"
+
+
+def main(folder: Path) -> None:
+    adata = ad.read_h5ad(folder / "cells.h5ad")
+    donors = "donor" in adata.obs
+    counts, about, design = of_donors(adata) if donors else of_cells(adata)
+    size = {} if donors else {"size_factors_fit_type": "poscounts"}
+    data = DeseqDataSet(counts=counts, metadata=about, design=design, quiet=True, **size)
     data.deseq2()
     beyond = json.loads((folder / "job.json").read_text())["beyond"]
     told = {"lfc_null": beyond, "alt_hypothesis": "greaterAbs"} if beyond else {}
