@@ -63,10 +63,10 @@ def interaction(
     -------
     DataFrame
         A row for each gene of each level, as of :func:`~pyrosc.differential_expression`: gene, level,
-        baseline, group, reference, the columns of :func:`~pyrosc.compare` about d, and lfc_level and
-        lfc_baseline, the posterior means of t_A and t_B. Calls are made at one false discovery rate over all.
-        With a `replicate_key` also replicates, how many the one of the four groups has that has the fewest:
-        where that is one, expected_fdr is NaN and nothing is called.
+        baseline, group, reference, the columns of :func:`~pyrosc.compare` about d, lfc_common (what is
+        subtracted from d), and lfc_level and lfc_baseline, the posterior means of t_A and t_B. Calls are made
+        at one false discovery rate over all. With a `replicate_key` also replicates, how many the one of the
+        four groups has that has the fewest: where that is one, expected_fdr is NaN and nothing is called.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def interaction(
         lfc = shrink(of_difference(*(part.likelihood for part in parts)))
         who = {"gene": fit.schema.genes, "level": name, "baseline": baseline}
         table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
-        table = table.join(summarise(lfc, delta, interval))
+        table = table.join(summarise(lfc, delta, interval)).assign(lfc_common=lfc.common)
         table["lfc_level"], table["lfc_baseline"] = shrink(of_level.likelihood).mean, lfc_baseline
         if units.replicate is not None:
             table["replicates"] = min(n for part in parts for n in part.replicates or ())

@@ -145,6 +145,19 @@ def test_columns_and_order(small):
     )
 
 
+def test_what_most_genes_do_is_subtracted_and_named():
+    """Where one gene takes two thirds of one group's counts, the shares of all others fall there alone."""
+    adata, _ = simulated(3, n_genes=60, n=800)
+    there = (adata.obs.condition == "stim") & (adata.obs.cell_type == "B")
+    x = adata.X.toarray()
+    x[there, 0] += np.random.default_rng(0).poisson(2 * x[there].sum(1))
+    adata.X = sp.csr_matrix(x)
+    table = in_order(interaction(fit_of(adata), adata, **QUESTION), adata)
+    np.testing.assert_allclose(table.lfc_common, np.log2(1 / 3), atol=0.1)
+    assert table.lfc_mean.iloc[1:].abs().median() < 0.1
+    assert table.lfc_mean.iloc[0] > 3
+
+
 def test_the_other_way_round_all_signs_change(small):
     adata, fit = small
     one = in_order(interaction(fit, adata, **QUESTION), adata)
