@@ -16,7 +16,7 @@ from pyrosc.asking import in_order
 from pyrosc.counts import Counts
 from pyrosc.shrinkage import likelihood
 from pyrosc.svi import Fit
-from pyrosc.variation import Arm, sums
+from pyrosc.variation import Arm, shows_variance, sums
 
 
 def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:
@@ -197,15 +197,20 @@ def compared(
     for a, b in pairs:
         arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
         use, stratum = comparable(arm, other, units.batch, batch, data.schema.batches, names[a])
+        within = _within(arm[use], other[use], None if units.replicate is None else units.replicate[use])
+        if within.any() and not (
+            within.all() or shows_variance(arm[use][~within], other[use][~within], stratum[~within])
+        ):
+            use, stratum, within = (v[within] for v in (use, stratum, within))
+            stratum = np.unique(stratum, return_inverse=True)[1]
         arm, other = arm[use], other[use]
         of_unit = np.full(len(units.batch) + 1, -1)  # (the last is of cells that have none)
         of_unit[use] = stratum
         of_cell = of_unit[units.of_cell]
         side = np.select([of_cell < 0, codes == a, codes >= 0 if b < 0 else codes == b], [-1, 0, 1], -1)
         reference = "rest" if b < 0 else names[b]
-        n, within = None, (arm.cells > 0) & (other.cells > 0)
+        n = None
         if units.replicate is not None:
-            within &= len(np.unique(units.replicate[use][within])) > 1
             n = count_replicates(arm, other, units.replicate[use])
             if min(n) < 2:
                 warnings.warn(
@@ -215,6 +220,12 @@ def compared(
                     stacklevel=3,
                 )
         yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)
+
+
+def _within(a: Arm, b: Arm, replicate: Int[ndarray, "units"] | None) -> Bool[ndarray, "units"]:
+    """Return :attr:`Comparison.within`; none without replicates."""
+    both = (a.cells > 0) & (b.cells > 0)
+    return both & (replicate is not None and len(np.unique(replicate[both])) > 1)
 
 
 def comparable(

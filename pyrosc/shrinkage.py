@@ -59,8 +59,7 @@ def likelihood(
     likelihood is that of Student's t, (1 - 2 q / nu)^(-(nu + 1) / 2).
 
     Replicates that are compared with themselves differ by less than those compared with others. Either kind
-    has a tau^2 and a likelihood of its own, and these are multiplied; one that does not show its tau^2, such
-    as a single replicate against a single other, is left out where the other kind does.
+    has a tau^2 and a likelihood of its own, and these are multiplied.
 
     Parameters
     ----------
@@ -82,9 +81,8 @@ def likelihood(
     within = np.zeros(len(stratum), dtype=bool) if within is None else within
     kinds = [kind for kind in (within, ~within) if kind.any()]
     parts = [(a[kind], b[kind], np.unique(stratum[kind], return_inverse=True)[1]) for kind in kinds]
-    found = [between_replicates(*part, phi) for part in parts]
-    known = [i for i, of_part in enumerate(found) if of_part is not None] or range(len(parts))
-    return _as_density(reduce(add, (_log_likelihood(*parts[i], phi, found[i]) for i in known)))
+    each = (_log_likelihood(*part, phi, between_replicates(*part, phi)) for part in parts)
+    return _as_density(reduce(add, each))
 
 
 def _as_density(log: Float[Tensor, "genes points"]) -> Float[ndarray, "genes points"]:

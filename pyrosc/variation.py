@@ -6,6 +6,7 @@ donor to donor, and a comparison of groups has to know by how much.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 _CELLS = 4096  # summed at a time, so that little is copied
+_SIMULATIONS = 10_000
+_MANY = 30  # replicates: more do not change how their squares scatter
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ def between_replicates(
         _within_side(b, phi[1], stratum),
         _within_pairs(matched[0], matched[1], phi),
     ]
+    sizes = [*(strata(stratum).T @ (strata(stratum) @ (arm.cells > 0)) for arm in (a, b))]
+    sizes.append(np.full(len(matched[0].cells), len(matched[0].cells)))
     excess = sum((residual**2 - w * known).sum(0) for w, residual, known, _ in parts)
     scale = sum((w * factor).sum(0) for w, _, _, factor in parts)
     if not scale.any():
@@ -166,23 +171,45 @@ def between_replicates(
 
     def noise(tau2: float) -> ndarray:
         squares = []
-        for (w, _, known, factor), effects in zip(parts, (1, 1, 2), strict=True):  # a pair differs by two
-            v = known + tau2 * factor
-            squares.append(w * (v + 2 * v**2) + _tails(tau2) / effects * (w * tau2 * factor) ** 2)
+        for (w, _, known, factor), n, seen in zip(parts, sizes, (_ratio, _ratio, _fold_change), strict=True):
+            v, log_normal = known + tau2 * factor, np.array([_scatter(tau2, int(k), seen) for k in n])
+            squares.append(w * (v + 2 * v**2) + 2 * (log_normal[:, None] - 1) * (w * tau2 * factor) ** 2)
         return np.concatenate(squares).sum(0)
 
     return _drawn_together(excess, scale, noise)
 
 
-def _tails(tau2: float) -> float:
-    """How much more a squared coefficient of variation, tau2, of a log-normal errs than a normal's.
+def _scatter(tau2: float, n: int, seen: Callable[[ndarray], ndarray]) -> float:
+    """Return the variance of tau^2's estimate from n log-normal replicates, over that from normal ones.
 
-    Its variance over n is tau2^2 (2 + this) / n: this is the excess kurtosis, less 4 times skewness times
-    the coefficient of variation, plus 4 times its square, since the mean that divides it errs too. Of few
-    replicates it is too much: the variance is overstated by half with three on a side.
+    By simulation: of few replicates it is less than 1, since no square is larger than their number allows, of
+    many more, since log-normal squares have long tails. Of one there is no estimate.
+
+    Parameters
+    ----------
+    seen
+        What is seen of log effects with the variance tau^2, (2, simulations, n).
     """
-    a = 1 + tau2
-    return a**4 + 2 * a**3 - a**2 - 2
+    if n < 2 or tau2 <= 0:
+        return 1.0
+    squares = seen(np.sqrt(tau2) * _standard_normal(min(n, _MANY))).var(1, ddof=1)
+    return float(squares.var() / (2 * squares.mean() ** 2 / (min(n, _MANY) - 1)))
+
+
+def _ratio(log: Float[ndarray, "2 simulations n"]) -> Float[ndarray, "simulations n"]:
+    """Each replicate's rate over the mean of its side's."""
+    rate = np.exp(log[0])
+    return rate / rate.mean(1, keepdims=True)
+
+
+def _fold_change(log: Float[ndarray, "2 simulations n"]) -> Float[ndarray, "simulations n"]:
+    """How far the part that one side has of a pair's counts is from a half, as a log fold change."""
+    return np.tanh((log[0] - log[1]) / 2) * 2
+
+
+@cache
+def _standard_normal(n: int) -> Float[ndarray, "2 simulations n"]:
+    return np.random.default_rng(0).standard_normal((2, _SIMULATIONS, n))
 
 
 def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
@@ -194,6 +221,12 @@ def one_on_each_side(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> Bool[nda
     """Say which strata have a single replicate in either arm."""
     pool = strata(stratum)
     return (pool @ (a.cells > 0) == 1) & (pool @ (b.cells > 0) == 1)
+
+
+def shows_variance(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> bool:
+    """Say whether replicates alike by design are there: two of an arm in a stratum, or two pairs."""
+    n, m = (strata(stratum) @ (arm.cells > 0) for arm in (a, b))
+    return bool(max(n.max(), m.max()) > 1 or ((n == 1) & (m == 1)).sum() > 1)
 
 
 def _in_order(stratum: Int[ndarray, "units"], chosen: Bool[ndarray, "units"]) -> Int[ndarray, "some"]:
