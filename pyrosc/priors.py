@@ -1,5 +1,6 @@
 """Priors p(z) of the cells' state: modules from Cells to a distribution of vectors, batch shape (cells,)."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -56,8 +57,8 @@ class Mixture(nn.Module):
     r"""p(z) = sum_y pi_y N(z; mu_y, diag sigma_y^2): a learned mixture, its component y summed out.
 
     The means start at draws from N(0, `spread`^2), far apart from each other for the sds of 1 they start with
-    (in d dimensions by `spread` sqrt(2 d)): components that start in one place stay there. They are
-    :attr:`PACE` times a parameter.
+    (in d dimensions by `spread` sqrt(2 d)): components that start in one place stay there. Or they start
+    where :meth:`start_at` finds clusters. They are :attr:`PACE` times a parameter.
 
     Parameters
     ----------
@@ -110,6 +111,24 @@ class Mixture(nn.Module):
                 )
                 raise ValueError(msg)
             self.register_buffer("logits", torch.as_tensor(given / given.sum()).log().float())
+
+    def start_at(self, codes: Float[Tensor, "cells latent"]) -> None:
+        """Move the means to the centres of the codes' clusters, by k-means, on a scale where codes have sd 1.
+
+        Codes of a network that has learned nothing yet will do: they are a random projection of the cells,
+        which keeps most of what tells clusters apart. Codes that do not differ move nothing.
+        """
+        from sklearn.cluster import KMeans  # takes long to import
+
+        z = codes.detach().double()
+        z = z - z.mean(0)
+        if not z.any():
+            return
+        k_means = KMeans(len(self.paced_loc), n_init=10, random_state=0)
+        with warnings.catch_warnings(action="ignore"):  # (of fewer cells that differ than components)
+            centres = k_means.fit((z / z.std()).numpy()).cluster_centers_
+        with torch.no_grad():
+            self.paced_loc.copy_(torch.as_tensor(centres) / self.PACE)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -54,6 +54,28 @@ def test_a_mixture_against_scipy(cells, proportions):
     assert prior.responsibilities(z.expand(4, 5, 2)).shape == (4, 5, 3)
 
 
+def test_a_mixture_starts_at_the_centres_of_clusters():
+    """Of codes in three far places: on the scale on which all codes have mean 0 and sd 1."""
+    torch.manual_seed(0)
+    places = torch.tensor([[9.0, 0.0], [5.0, 4.0], [5.0, -4.0]])
+    codes = places.repeat(50, 1) + 0.1 * torch.randn(150, 2)
+    prior = Mixture(3, 2)
+    prior.start_at(codes)
+    sd = (codes - codes.mean(0)).std()
+    found = (prior.PACE * prior.paced_loc).detach() * sd + codes.mean(0)
+    distance, place = torch.cdist(places, found).min(1)
+    assert sorted(place.tolist()) == [0, 1, 2]
+    assert distance.max() < 0.2
+    assert isinstance(prior.paced_loc, torch.nn.Parameter)
+
+
+def test_codes_that_do_not_differ_move_no_mixture():
+    prior = Mixture(3, 2)
+    before = prior.paced_loc.clone()
+    prior.start_at(torch.full((10, 2), 3.0))
+    assert (prior.paced_loc == before).all()
+
+
 @pytest.mark.parametrize("proportions", ["equal", (1.0, 2.0), (1.0, 0.0, 2.0), (1.0, float("nan"), 2.0)])
 def test_proportions_are_named_or_numbers(proportions):
     with pytest.raises(ValueError, match='"uniform", "learned" or 3 numbers above 0'):
