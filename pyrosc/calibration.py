@@ -187,14 +187,18 @@ def _relabelled(
     several = np.isin(owner, owner[np.r_[False, owner[1:] == owner[:-1]]])
     sites = [tuple(np.unique(where[known & (replicate == r)])) for r in owner]
     block = pd.factorize(pd.Series(sites))[0]
-    seen = {_up_to_names(code)}
+    # One replicate against one is not compared beside those of both groups: its labels make no difference.
+    others = np.bincount(block[~several], minlength=1)
+    lone = len(np.unique(owner[several])) > 1 and others.max() <= 2 and (others == 2).sum() <= 1
+    told = several if lone else np.full(len(several), fill_value=True)
+    seen = {_up_to_names(code[told])}
     found = []
     for _ in range(20 * n):  # of few labellings most are soon repetitions
         new = np.where(several, code, _shuffled(np.where(several, -1, code), block, rng))
         for r in np.unique(owner[several]):
             places = np.flatnonzero(owner == r)
             new[places] = code[rng.permutation(places)]
-        if (key := _up_to_names(new)) in seen:
+        if (key := _up_to_names(new[told])) in seen:
             continue
         seen.add(key)
         labels = codes.copy()

@@ -141,6 +141,17 @@ def test_in_replicates_of_both_conditions_the_names_change_places(fit, asked):
         assert set(same) == {0.0, 1.0}
 
 
+def test_a_lone_pair_of_replicates_that_is_not_compared_makes_no_labelling(fit, asked):
+    """Two replicates of both conditions in one batch, one of either in the other: these change nothing."""
+    adata = simulated()
+    here = (adata.obs.batch == "one").to_numpy()
+    replicate = np.where(here, np.array(["p", "q"])[np.arange(adata.n_obs) // 2 % 2], adata.obs.condition)
+    null_calibration(fit, adata, **QUESTION, replicate_key=replicate)
+    assert len(asked) == 1
+    changed = asked[0] != adata.obs.condition.to_numpy()
+    assert len(set(replicate[here & changed])) == 1
+
+
 def test_replicates_that_can_be_labelled_in_one_way_only_are_refused(fit):
     adata = simulated(n_donors=2)
     with pytest.raises(ValueError, match="no other way: two of each group"):
