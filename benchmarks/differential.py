@@ -8,13 +8,15 @@ simulated  300 genes, 40 of them changed two-fold; base ~ Gamma(.6, scale 1.5) +
              half      half the depth
              donors    three donors against three, log-sd .35 of each donor and gene
              nobody    the same without a changed gene: every call is false
+             uneven    as donors, and the genes' log-sd differ: .35 times a log-normal, log-sd .5
              one way   750 against 750, all 40 up four-fold: the shares of all others fall by a quarter
            `found` and `fdp` at the nominal rate of .05; `found_at_5` of the longest ranking whose true false
            discovery proportion is at most .05; `cover` of 90% intervals, over all genes; `curve`, the false
            discovery proportion at nominal 1, 5, 10 and 20%. Fold changes are compared with the true ones, and
            where a contestant's are of shares of the counts (all but pyrosc's and deseq2's) with those.
 halves     random halves of cells that are alike, 50 times: pbmc3k's most frequent type, and controls of
-           kang_ifnb's (all donors; `donors`: four donors against the other four); genes called at .05, and
+           kang_ifnb's (all donors; `donors`: four donors against the other four, also of the second
+           type); genes called at .05, and
            at each nominal level the share of splits with a call, which is the false discovery rate here.
 kang       kang_ifnb, stimulated against control within a type, cells with a published label, donors as
            replicates: area under the concordance curve of the top 500 genes with the authors' table
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LEVELS = np.array([0.01, 0.05, 0.1, 0.2])
-SETTINGS = ("plain", "small", "batches", "half", "donors", "nobody", "one way")
+SETTINGS = ("plain", "small", "batches", "half", "donors", "nobody", "one way", "uneven")
 PEERS = Path(__file__).parent / "peers"
 DELTA = 0.25
 RELATIVE = ("pyrosc", "deseq2")  # their fold changes are relative to what most genes do
@@ -226,9 +228,10 @@ def simulated(setting: str, seed: int, scale: float = 1.0) -> tuple[ad.AnnData, 
         batch = np.array([rng.choice(3, p=p / p.sum()) for p in of_side[side]])
         log = log + rng.normal(0, 0.5, (3, genes))[batch]
         obs["batch"] = batch.astype(str)
-    if setting in ("donors", "nobody"):
+    if setting in ("donors", "nobody", "uneven"):
         donor = 2 * rng.integers(0, 3, n) + side
-        log = log + rng.normal(0, 0.35, (6, genes))[donor]
+        sd = 0.35 * (rng.lognormal(0, 0.5, genes) if setting == "uneven" else 1)
+        log = log + rng.normal(0, sd, (6, genes))[donor]
         obs["donor"] = donor.astype(str)
     mean = np.exp(log) * rng.lognormal(0, 0.3, (n, 1)) * (0.5 if setting == "half" else 1)
     x = rng.poisson(rng.gamma(3, mean / 3)).astype(np.float32)
@@ -258,8 +261,14 @@ def contestants(adata: ad.AnnData, seed: int, options: argparse.Namespace) -> li
 def part_halves(options: argparse.Namespace) -> Iterator[dict]:
     pbmc, kang = (common.load(options.data, name) for name in ("pbmc3k", "kang_ifnb"))
     kang = kang[kang.obs.condition == "ctrl"]
-    for name, adata in (("pbmc3k", pbmc), ("kang_ifnb", kang), ("kang_ifnb, donors", kang)):
-        adata = adata[adata.obs.cell_type == adata.obs.cell_type.value_counts().index[0]]
+    first, second = kang.obs.cell_type.value_counts().index[:2]
+    for name, adata, kind in (
+        ("pbmc3k", pbmc, pbmc.obs.cell_type.value_counts().index[0]),
+        ("kang_ifnb", kang, first),
+        ("kang_ifnb, donors", kang, first),
+        ("kang_ifnb, donors, second type", kang, second),
+    ):
+        adata = adata[adata.obs.cell_type == kind]
         adata = common.with_variable_genes(adata[:, np.asarray((adata.X > 0).sum(0)).ravel() >= 3])
         donors = adata.obs.get("donor")
         adata.obs = pd.DataFrame(index=adata.obs_names)

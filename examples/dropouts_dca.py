@@ -49,7 +49,7 @@ class Naive(nn.Module):
 def built(variant, train, seed):
     """Return the model of a variant."""
     if variant == "VAE":
-        return pyrosc.VAE.for_data(train, likelihood="zinb", seed=seed)
+        return pyrosc.VAE.for_data(train, likelihood="zinb", library="latent", seed=seed)
     norm, formula = variant.split(" norm, ")
     model = pyrosc.DCA.for_data(train, norm=None if norm == "no" else norm, seed=seed)
     if formula == "naive":

@@ -235,6 +235,16 @@ def check_fit(fit: Any) -> None:
         raise TypeError(msg)
 
 
+def check_proteins(fit: Fit) -> None:
+    """Raise if the fit knows none."""
+    if not fit.schema.proteins:
+        msg = (
+            f"this {type(fit.program).__name__} knows no proteins: fit a TOTALVI to "
+            'from_anndata(..., protein_key="...")'
+        )
+        raise KeyError(msg)
+
+
 def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
     """Return the data in the genes and codes of the fit; raise if there are no cells, or there is no fit."""
     check_fit(fit)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrosc.asking import asked, batch_codes, check_draws, columns_of, is_between, stream
+from pyrosc.asking import asked, batch_codes, check_draws, check_proteins, columns_of, is_between, stream
 from pyrosc.counts import Counts
 from pyrosc.imputed import Imputation, imputation
 from pyrosc.rates import Rates, Size, parts_of, rate_answers, sizes_of
@@ -194,6 +194,7 @@ def impute_proteins(
     _check_interval(interval)
     check_draws(n_draws)
     data = asked(fit, data)
+    check_proteins(fit)
     streamed = stream(fit, data, (site,), n_draws, batch_codes(fit, batch), parallel=parallel, seed=seed)
     values = (of_draws(drawn[site].mean(0), interval) for _, drawn in streamed)
     names = np.array(fit.schema.proteins)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import pyro.distributions as dist
@@ -13,6 +14,23 @@ from torch.nn.functional import batch_norm
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts
 from pyrosc.sparse import Log1pLinear
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raise unless each is a whole number of at least 1; `hidden` a list of such, or empty."""
+    for name, value in sizes.items():
+        if name == "hidden":
+            fine = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_size, value))
+            wanted = "a tuple of whole numbers of at least 1, such as (128,)"
+        else:
+            fine, wanted = _is_size(value), "a whole number of at least 1"
+        if not fine:
+            msg = f"{name} must be {wanted}, not {value!r}"
+            raise ValueError(msg)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 class BatchNorm(nn.Module):

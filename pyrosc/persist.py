@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,14 +90,14 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
         If the fit was written by a newer pyrosc, needs a model and got none, or the model is another one.
     """
     directory = _saved(Path(directory).resolve())
-    record = json.loads((directory / RECORD).read_text())
+    record = _read(directory / RECORD, lambda path: json.loads(path.read_text()))
     if record["format"] > FORMAT:
         msg = f"{directory} was written by pyrosc {record['versions']['pyrosc']}: upgrade pyrosc to read it"
         raise ValueError(msg)
     if record["format"] < FORMAT:
         msg = f"{directory} was written by an earlier pyrosc, whose models meant other things: fit it again"
         raise ValueError(msg)
-    tensors = load_file(directory / TENSORS)
+    tensors = _read(directory / TENSORS, load_file)
     schema = _schema_from_json(record["schema"])
     on = device_of(device)
     program, separate_guide = _build(record["program"], schema) if model is None else copied(model, guide)
@@ -120,6 +122,15 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     )
     _fill(_tensors_of(fit), tensors)
     return fit
+
+
+def _read(path: Path, how: Callable[[Path], Any]) -> Any:
+    """Return what is in a file; raise if it is damaged."""
+    try:
+        return how(path)
+    except (ValueError, SafetensorError) as error:  # (those of JSON and of encodings are ValueErrors)
+        msg = f"{path} is damaged ({error}): save the fit again"
+        raise ValueError(msg) from error
 
 
 def _tensors_of(fit: Fit) -> dict[str, Tensor]:

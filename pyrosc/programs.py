@@ -191,7 +191,15 @@ def elbo_of(program: Any, elbo: ELBO | type[ELBO] | None) -> ELBO:
 
 def device_of(device: str | torch.device) -> torch.device:
     """Return the device of a name; ``"auto"`` is CUDA where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        msg = f'no device {str(device)!r} here ({why}): "auto" takes CUDA where there is one, else the CPU'
+        raise ValueError(msg) from error
+    return torch.device(device)
 
 
 def modules_of(*programs: Any) -> list[nn.Module]:

@@ -68,7 +68,10 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
         raise TypeError(msg)
     program, grown = _grown(fit, counts)
     if not grown:
-        msg = f"this {type(program).__name__} has no parameters of batches: ask the fit about the data itself"
+        msg = (
+            f"this {type(program).__name__} has no parameters of batches: ask the fit about these cells "
+            f"as of a batch that it knows, such as {fit.schema.batches[0]!r}, which changes nothing"
+        )
         raise TypeError(msg)
     if schema.absent:
         counts = completed(replace(fit, program=program, schema=schema), counts)

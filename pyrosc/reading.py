@@ -65,6 +65,9 @@ def from_anndata(
     TypeError
         If the counts are of a kind that can't be read.
     """
+    if not isinstance(adata, anndata.AnnData):
+        msg = f"from_anndata reads an AnnData, not {type(adata).__name__}: anndata.read_h5ad(file) makes one"
+        raise TypeError(msg)
     if layer is not None and layer not in adata.layers:
         msg = f"no layer {layer!r}; this AnnData has {list(adata.layers)}"
         raise KeyError(msg)
@@ -182,7 +185,7 @@ def _checked(matrix: Any, where: str) -> sp.csr_array:
     return x
 
 
-def _check_values(values: np.ndarray, where: str) -> None:
+def _check_values(values: np.ndarray, where: str, remedy: str = 'layer="counts"') -> None:
     """Raise unless every value is finite, non-negative, whole and exact in float32."""
     if not np.isfinite(values).all():
         n = int((~np.isfinite(values)).sum())
@@ -191,14 +194,14 @@ def _check_values(values: np.ndarray, where: str) -> None:
     if values.size and values.min() < 0:
         msg = (
             f"{where} has negative values (least {values.min():.4g}): these are no counts, perhaps scaled; "
-            'give the raw counts, e.g. layer="counts"'
+            f"give the raw counts, e.g. {remedy}"
         )
         raise ValueError(msg)
     if values.dtype.kind == "f" and not (values == np.floor(values)).all():
         odd = float(values[values != np.floor(values)][0])
         msg = (
             f"{where} has values that are not whole (e.g. {odd:.4g}): perhaps log-normalised data; "
-            'give the raw counts, e.g. layer="counts"'
+            f"give the raw counts, e.g. {remedy}"
         )
         raise ValueError(msg)
     if values.size and values.max() > MAX_COUNT:
@@ -212,23 +215,27 @@ def _proteins(adata: anndata.AnnData, key: str) -> tuple[np.ndarray, tuple[str, 
         msg = f"no {key!r} in obsm; it has {list(adata.obsm)}"
         raise KeyError(msg)
     table = adata.obsm[key]
-    if isinstance(table, pd.DataFrame):
-        names, table = table.columns.map(str), table.to_numpy(dtype=np.float64, na_value=np.nan)
-    else:
-        dense = table.toarray() if sp.issparse(table) else table  # type: ignore[attr-defined]
-        table = np.asarray(dense, dtype=np.float64)
-        names = pd.Index([f"protein_{i}" for i in range(table.shape[1])])
+    try:
+        if isinstance(table, pd.DataFrame):
+            names, table = table.columns.map(str), table.to_numpy(dtype=np.float64, na_value=np.nan)
+        else:
+            dense = table.toarray() if sp.issparse(table) else table  # type: ignore[attr-defined]
+            table = np.asarray(dense, dtype=np.float64)
+            names = pd.Index([f"protein_{i}" for i in range(table.shape[1])])
+    except (TypeError, ValueError) as error:
+        msg = f"obsm[{key!r}] has values that are no numbers ({error}): give counts, and NaN or -1 for none"
+        raise ValueError(msg) from error
     if not names.is_unique:
         twice = ", ".join(names[names.duplicated()].unique()[:5])
         msg = f"obsm[{key!r}] has columns of the same name, {twice}: rename them"
         raise ValueError(msg)
     measured = ~(np.isnan(table) | (table == -1))
-    _check_values(table[measured], f"obsm[{key!r}]")
+    _check_values(table[measured], f"obsm[{key!r}]", "another protein_key")
     return np.where(measured, table, -1).astype(np.float32), tuple(names)
 
 
 def _column(obs: pd.DataFrame, key: str) -> pd.Series:
-    if key not in obs:
+    if not isinstance(key, str) or key not in obs:
         msg = f"no column {key!r} in obs; it has {list(obs.columns)}"
         raise KeyError(msg)
     return obs[key]
@@ -242,7 +249,21 @@ def _codes(obs: pd.DataFrame, key: str, *, missing_ok: bool = False) -> tuple[np
         msg = f"obs[{key!r}] is missing (NaN) in {missing} cells: fill it in or remove those cells"
         raise ValueError(msg)
     values = pd.Categorical(column).remove_unused_categories()
-    return values.codes.astype(np.int64), tuple(map(str, values.categories))
+    names = tuple(map(str, values.categories))
+    if len(set(names)) < len(names):
+        twice = ", ".join(sorted({name for name in names if names.count(name) > 1})[:5])
+        msg = (
+            f"obs[{key!r}] has values of different types that are written alike ({twice}): make them one "
+            f"type, obs[{key!r}].astype(str)"
+        )
+        raise ValueError(msg)
+    if values.categories.dtype.kind == "f" and not (values.categories % 1 == 0).all():
+        msg = (
+            f"obs[{key!r}] has numbers that are not whole, {names[0]}, ..., where categories are asked for: "
+            f"list it among continuous_keys, or make them names, obs[{key!r}].astype(str)"
+        )
+        raise ValueError(msg)
+    return values.codes.astype(np.int64), names
 
 
 def _numbers(obs: pd.DataFrame, key: str) -> np.ndarray:

@@ -13,9 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrosc.asking import asked, check_fit, draws, innermost, rows_of, run, seed_of
+from pyrosc.asking import asked, check_fit, check_proteins, counts_of, draws, innermost, rows_of, run, seed_of
 from pyrosc.counts import Counts
-from pyrosc.reading import as_counts
 from pyrosc.spike_slab import SpikeSlab
 from pyrosc.svi import Fit
 
@@ -76,7 +75,7 @@ def clusters(
     KeyError
         If the model has no clusters.
     """
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
     try:
         probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
     except KeyError as error:
@@ -115,7 +114,7 @@ def predict(
     ValueError
         If the program knows no labels.
     """
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
     unlabelled = replace(data, labels=np.full(data.n_cells, -1))
     found = clusters(fit, unlabelled, n_draws, site=site, parallel=parallel, seed=seed)
     if getattr(fit.program, "n_labels", None) != len(found.probability.columns):
@@ -190,7 +189,8 @@ def foreground(
     KeyError
         If the model has no such site.
     """
-    data = as_counts(data, fit.schema)
+    data = counts_of(fit, data)
+    check_proteins(fit)
     drawn = draws(fit, data, "foreground", n_draws=n_draws, parallel=parallel, seed=seed)
     return pd.DataFrame(_mean(drawn, "foreground"), data.cell_names, list(fit.schema.proteins))
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def split(n_cells: int, validation: float, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def _check_made_for(program: Any, data: Counts) -> None:
-    """Raise if a model was built for data of other genes, batches or covariates."""
+    """Raise if a model was built for data of other genes, batches, covariates, labels or another layer."""
     made_for = getattr(program, "schema", None)
     if not isinstance(made_for, Schema):
         return
@@ -284,6 +285,22 @@ def _check_made_for(program: Any, data: Counts) -> None:
                 f"the model was built for other {name} than this data has: build it with for_data(data) anew"
             )
             raise ValueError(msg)
+    if made_for.labels and made_for.labels != data.schema.labels:
+        found = ", ".join(data.schema.labels) or "none"
+        msg = (
+            f"the model was built for the labels {', '.join(made_for.labels)}, this data has {found}: give "
+            "what for_data was given, from_anndata(..., labels_key=...), or build it anew"
+        )
+        raise ValueError(msg)
+    if made_for.layer != data.schema.layer:
+        was, is_ = (
+            "X" if layer is None else f"layer {layer!r}" for layer in (made_for.layer, data.schema.layer)
+        )
+        msg = (
+            f"the model was built from {was}, this data is from {is_}: give what for_data was given, "
+            "from_anndata(..., layer=...), or build it anew"
+        )
+        raise ValueError(msg)
 
 
 def _check_settings(**settings: Any) -> None:
@@ -296,16 +313,19 @@ def _check_settings(**settings: Any) -> None:
         if not hasattr(value, "__index__") or value < least:
             msg = f"{name} must be a whole number of at least {least}, not {settings[name]!r}"
             raise ValueError(msg)
-    if settings["weight_decay"] is not None and not 0 <= settings["weight_decay"] < math.inf:
+    decay = settings["weight_decay"]
+    if decay is not None and not (isinstance(decay, Real) and 0 <= float(decay) < math.inf):
         msg = f"weight_decay must be at least 0, not {settings['weight_decay']!r}"
         raise ValueError(msg)
     for name in ("learning_rate", "kl_weight", "clip_norm"):
-        if settings[name] is not None and not 0 < settings[name] < math.inf:
+        value = settings[name]
+        if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
             msg = f"{name} must be more than 0, not {settings[name]!r}"
             raise ValueError(msg)
     if settings["precision"] not in ("float32", "bfloat16"):
         msg = f'precision must be "float32" or "bfloat16", not {settings["precision"]!r}'
         raise ValueError(msg)
-    if not 0 <= settings["validation"] < 1:
+    share = settings["validation"]
+    if not (isinstance(share, Real) and 0 <= float(share) < 1):
         msg = f"validation is a share of the cells, at least 0 and below 1, not {settings['validation']!r}"
         raise ValueError(msg)

@@ -12,7 +12,7 @@ QUICK = {"epochs": 2, "minibatch_size": 64, "progress": False}
 
 def loss_of(fit, data, n):
     """The training loss of all cells, a mean over draws."""
-    cells = data.on("cpu").cells(torch.arange(data.n_cells))
+    cells = data.on(fit.device).cells(torch.arange(data.n_cells))
     with fit.asking(0):
         elbo = elbo_of(fit.program, None)
         return np.mean([float(weighted_loss(elbo, fit.model, fit.guide, cells)) for _ in range(n)])

@@ -217,7 +217,7 @@ def test_gradients_reach_every_parameter(name, rich):
 def test_the_loss_falls(name, fit, rich):
     before = float(loss_of(name, CASES[name](rich), rich)[0].detach())
     with fit.asking(0):
-        cells = rich.on("cpu").cells(torch.arange(rich.n_cells))
+        cells = rich.on(fit.device).cells(torch.arange(rich.n_cells))
         after = float(weighted_loss(elbo_of(fit.program, None), fit.model, fit.guide, cells))
     assert after < before - 0.5
     assert np.isfinite(fit.history["train"]).all()

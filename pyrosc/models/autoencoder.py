@@ -12,7 +12,7 @@ from torch import nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, network
+from pyrosc.networks import MLP, check_sizes, network
 from pyrosc.priors import Flat
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -85,6 +85,7 @@ class Autoencoder(nn.Module):
             If a name is unknown.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         data = as_counts(data)
         to_values = transform_of(transform, data)
         with seeded(torch.device("cpu"), seed):

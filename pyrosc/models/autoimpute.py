@@ -11,7 +11,7 @@ from torch import nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, network
+from pyrosc.networks import MLP, check_sizes, network
 from pyrosc.priors import Flat
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -90,6 +90,7 @@ class AutoImpute(nn.Module):
             If a name is unknown.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         data = as_counts(data)
         fitted = LogNormalised.for_data(data)
         with seeded(torch.device("cpu"), seed):

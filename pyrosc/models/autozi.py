@@ -16,7 +16,7 @@ from pyrosc.counts import Counts, Schema
 from pyrosc.distributions import ZeroInflated
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.networks import Covariates, Decoder, Encoder, check_sizes
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -129,6 +129,7 @@ class AutoZI(nn.Module):
             If a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         if likelihood not in ("nb", "poisson"):
             msg = f'likelihood is of counts that are not inflated, "nb" or "poisson", not {likelihood!r}'
             raise ValueError(msg)

@@ -12,7 +12,7 @@ from torch import nn
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP
+from pyrosc.networks import MLP, check_sizes
 from pyrosc.priors import Flat
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -124,6 +124,7 @@ class DCA(nn.Module):
             If a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden)
         if not ridge >= 0 or not hidden:
             msg = f"ridge must be at least 0 and hidden name a layer, not {ridge!r} and {hidden!r}"
             raise ValueError(msg)

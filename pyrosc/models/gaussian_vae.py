@@ -13,7 +13,7 @@ from torch import nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import network, normal
+from pyrosc.networks import check_sizes, network, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -120,6 +120,7 @@ class GaussianVAE(nn.Module):
             If a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         if scale is not None and not 0 < scale < math.inf:
             msg = f"scale is a standard deviation above 0, or None, not {scale!r}"
             raise ValueError(msg)

@@ -13,7 +13,7 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.networks import Covariates, Decoder, Encoder, check_sizes
 from pyrosc.priors import Mixture
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -123,6 +123,7 @@ class GMVAE(nn.Module):
             If a name is unknown.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent, n_components=n_components)
         data = as_counts(data)
         seen = Covariates.for_data(data)
         encoded = seen if encode_covariates else Covariates()

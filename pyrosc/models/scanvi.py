@@ -16,7 +16,7 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import Covariates, Decoder, Encoder, network, normal
+from pyrosc.networks import Covariates, Decoder, Encoder, check_sizes, network, normal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
 
@@ -129,6 +129,7 @@ class SCANVI(nn.Module):
             If the data have fewer than two labels, a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         data = as_counts(data)
         n_labels = len(data.schema.labels)
         if n_labels < 2:

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, network, normal
+from pyrosc.networks import MLP, check_sizes, network, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -123,6 +123,7 @@ class SCVIS(nn.Module):
             If a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         if not perplexity > 1 or (attraction is not None and not attraction >= 0):
             msg = (
                 f"perplexity must be above 1 and attraction at least 0, not {perplexity!r} and {attraction!r}"

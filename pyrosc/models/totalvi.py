@@ -19,7 +19,7 @@ from pyrosc.counts import Counts, Schema
 from pyrosc.distributions import NegativeBinomial
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, activation, normal
+from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, activation, check_sizes, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -141,6 +141,7 @@ class TOTALVI(nn.Module):
             If the data have no proteins, `hidden` no layer, or a name is unknown.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         data = as_counts(data)
         if not hidden:
             msg = "hidden names a layer at least, not ()"

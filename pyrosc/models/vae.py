@@ -13,7 +13,7 @@ from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import Covariates, Decoder, Encoder
+from pyrosc.networks import Covariates, Decoder, Encoder, check_sizes
 from pyrosc.priors import prior_of
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -140,6 +140,7 @@ class VAE(nn.Module):
             If a name is unknown.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         data = as_counts(data)
         seen = Covariates.for_data(data)
         encoded = seen if encode_covariates else Covariates()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyrosc.cells import Cells
 from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, Dropout, normal
+from pyrosc.networks import MLP, Dropout, check_sizes, normal
 from pyrosc.priors import StandardNormal
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -98,6 +98,7 @@ class VASC(nn.Module):
             If a name is unknown or a number out of range.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         if not temperature > 0:
             msg = f"temperature must be above 0, not {temperature!r}"
             raise ValueError(msg)

@@ -16,7 +16,7 @@ from pyrosc.components import independent_components
 from pyrosc.counts import Counts, Schema
 from pyrosc.library import library_of
 from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, trunk
+from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, check_sizes, trunk
 from pyrosc.priors import PseudoCells
 from pyrosc.random import seeded
 from pyrosc.reading import as_counts
@@ -141,6 +141,7 @@ class VSC(nn.Module):
             If a name is unknown, or `inclusion` no probability.
         """
         recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
+        check_sizes(hidden=hidden, n_latent=n_latent)
         if not 1e-6 <= inclusion <= 1 - 1e-6 or not hidden:
             msg = (
                 "inclusion is a probability, 1e-6 or more from 0 and 1, and hidden names a layer at least, "
