@@ -398,3 +398,20 @@ def test_in_batch_changes_the_batch_only(data):
     assert there.batch.tolist() == [1] * 5
     assert there.x is cells.x
     np.testing.assert_array_equal(cells.batch, data.batch[:5])
+
+
+@pytest.mark.parametrize("key", ["batch_key", "labels_key", "categorical_keys"])
+def test_numbers_are_no_categories(key):
+    adata = adata_of(X)
+    adata.obs["share"] = np.linspace(0, 1, adata.n_obs)
+    with pytest.raises(ValueError, match=r"numbers that are not whole, .* list it among continuous_keys"):
+        from_anndata(adata, **{key: "share"})
+    adata.obs["share"] = np.arange(adata.n_obs, dtype=float)
+    from_anndata(adata, **{key: "share"})
+
+
+def test_categories_that_are_written_alike_are_refused():
+    adata = adata_of(X)
+    adata.obs["batch"] = pd.Series([1, "1"] * adata.n_obs, dtype=object).to_numpy()[: adata.n_obs]
+    with pytest.raises(ValueError, match=r"different types that are written alike \(1\)"):
+        from_anndata(adata, batch_key="batch")

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyrosc
 from pyrosc.networks import MLP, BatchNorm, Covariates, Decoder, Encoder, beside, normalisation
 
 
@@ -11,6 +12,21 @@ def cells_of(data, n=6):
 
 
 # --- normalisation
+
+
+@pytest.mark.parametrize("model", [pyrosc.VAE, pyrosc.GaussianVAE, pyrosc.DCA, pyrosc.SCVIS, pyrosc.TOTALVI])
+@pytest.mark.parametrize("hidden", [(0,), (8, -1)])
+def test_widths_are_a_tuple_of_whole_numbers(model, hidden, data):
+    with pytest.raises(ValueError, match=r"hidden must be a tuple of whole numbers .* such as \(128,\), not"):
+        model.for_data(data, hidden=hidden)
+
+
+@pytest.mark.parametrize("n_latent", [0, -1])
+def test_a_latent_has_a_width(n_latent, data):
+    with pytest.raises(ValueError, match="n_latent must be a whole number of at least 1"):
+        pyrosc.VAE.for_data(data, n_latent=n_latent)
+    with pytest.raises(ValueError, match="n_components must be a whole number of at least 1"):
+        pyrosc.GMVAE.for_data(data, n_components=n_latent)
 
 
 def test_batch_norm_over_draws_and_cells_is_that_of_their_rows():

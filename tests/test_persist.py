@@ -386,3 +386,12 @@ def test_a_link_to_a_directory_stays_a_link(vae_fit, tmp_path):
     vae_fit.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert pyrosc.load(tmp_path / "real").schema == vae_fit.schema
+
+
+@pytest.mark.parametrize("name", [persist.RECORD, persist.TENSORS])
+def test_a_damaged_file_is_named(name, vae_fit, tmp_path):
+    vae_fit.save(tmp_path / "fit")
+    path = tmp_path / "fit" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        pyrosc.load(tmp_path / "fit")

@@ -27,6 +27,12 @@ def test_clusters_are_mean_responsibilities(gmvae_fit, data):
     assert "of 3 are the most probable" in repr(answer)
 
 
+@pytest.mark.parametrize("ask", [pyrosc.foreground, pyrosc.impute_proteins])
+def test_a_fit_without_proteins_says_so(ask, gmvae_fit, data):
+    with pytest.raises(KeyError, match="this GMVAE knows no proteins: fit a TOTALVI"):
+        ask(gmvae_fit, data)
+
+
 def test_a_model_without_clusters_says_so(vae_fit, data):
     with pytest.raises(KeyError, match=r"no site 'p_y'.*pyrosc.GMVAE has clusters"):
         pyrosc.clusters(vae_fit, data)

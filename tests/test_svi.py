@@ -705,6 +705,34 @@ def test_a_model_built_for_other_data_is_refused(data, adata):
             fit_svi(built, data, epochs=1, progress=False)
 
 
+def test_a_model_built_for_other_labels_is_refused(adata):
+    """Else labels that it knows would be left out, or mean others, without a word."""
+    labelled = adata.copy()
+    labelled.obs["kind"] = np.array(["x", "y", "z"])[np.arange(adata.n_obs) % 3]
+    model = pyrosc.SCANVI.for_data(pyrosc.from_anndata(labelled, labels_key="kind"), hidden=(4,))
+    for other in (labelled, pyrosc.from_anndata(labelled[labelled.obs.kind != "x"], labels_key="kind")):
+        with pytest.raises(
+            ValueError, match=r"built for the labels x, y, z, this data has (none|y, z): give"
+        ):
+            fit_svi(model, other, epochs=1, progress=False)
+    fit_svi(
+        pyrosc.VAE.for_data(labelled, hidden=(4,)), pyrosc.from_anndata(labelled, labels_key="kind"), epochs=1
+    )
+
+
+def test_a_model_built_from_a_layer_is_not_fitted_to_x(adata):
+    adata = adata.copy()
+    adata.layers["raw"] = adata.X
+    model = pyrosc.VAE.for_data(pyrosc.from_anndata(adata, layer="raw"), hidden=(4,))
+    with pytest.raises(ValueError, match="built from layer 'raw', this data is from X: give what"):
+        fit_svi(model, adata, epochs=1, progress=False)
+
+
+def test_a_device_that_is_not_here_is_refused(data):
+    with pytest.raises(ValueError, match=r"no device 'tpu' here \(.*takes CUDA where there is one"):
+        fit_svi(pyrosc.VAE.for_data(data, hidden=(4,)), data, progress=False, device="tpu")
+
+
 def test_a_class_is_refused(data):
     with pytest.raises(TypeError, match="is a class"):
         fit_svi(pyrosc.VAE, data)

@@ -128,7 +128,8 @@ def test_an_array_of_proteins_has_numbers_for_names(truth):
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (lambda t: t * 0.5, ValueError, "not whole"),
+        (lambda t: t * 0.5, ValueError, "not whole.*another protein_key"),
+        (lambda t: t.astype(str) + "x", ValueError, "values that are no numbers"),
         (lambda t: t - 5, ValueError, "negative"),
         (lambda t: t * np.inf, ValueError, "infinite"),
         (lambda t: t.set_axis(["a"] * t.shape[1], axis=1), ValueError, "same name"),
