@@ -26,7 +26,7 @@ class SCANVI(nn.Module):
 
     For cell n, in batch s, and gene g::
 
-        y_n   ~ Categorical(1 / K)                          the cell's type; known of some cells
+        y_n   ~ Categorical(1 / K)                          the cell's type; NaN where it is not known
         u_n   ~ Normal(0, I)                                what varies within the type
         z_n   ~ Normal(m(u_n, y_n), v(u_n, y_n)^2)          the cell's state
         l_n   ~ LogNormal(m_s, v_s^2)                       library size; or the observed total
