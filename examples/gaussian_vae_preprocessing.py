@@ -55,8 +55,11 @@ def picture(codes, obs):
         for axis, name in zip(row, names, strict=True):
             values = obs[name].astype(str).to_numpy()
             for i, value in enumerate(sorted(set(values))):
-                axis.plot(*xy[values == value].T, ".", ms=2, color=mpl.colormaps["tab20"](i % 20))
+                colour = mpl.colormaps["tab20"](i % 20)
+                axis.plot(*xy[values == value].T, ".", ms=2, color=colour, label=value)
             axis.set(xticks=[], yticks=[], title=f"{code}, {method}: {name}")
+    for axis in axes[-1]:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), markerscale=4, frameon=False)
     return figure
 
 

@@ -56,9 +56,9 @@ class Flat(nn.Module):
 class Mixture(nn.Module):
     r"""p(z) = sum_y pi_y N(z; mu_y, diag sigma_y^2): a learned mixture, its component y summed out.
 
-    The means start at draws from N(0, `spread`^2), far apart from each other for the sds of 1 they start with
-    (in d dimensions by `spread` sqrt(2 d)): components that start in one place stay there. Or they start
-    where :meth:`start_at` finds clusters. They are :attr:`PACE` times a parameter.
+    The means start at draws from N(0, 1), far apart from each other for the sds of 1 they start with (in d
+    dimensions by sqrt(2 d)): components that start in one place stay there. Or they start where
+    :meth:`start_at` finds clusters. They are :attr:`PACE` times a parameter.
 
     Parameters
     ----------
@@ -66,8 +66,6 @@ class Mixture(nn.Module):
         Sizes.
     proportions
         pi: ``"learned"``, ``"uniform"`` and fixed, or the fixed numbers, divided by their sum.
-    spread
-        Standard deviation of the means at the start.
 
     Raises
     ------
@@ -86,13 +84,12 @@ class Mixture(nn.Module):
         n_components: int,
         n_latent: int,
         proportions: Any = "learned",
-        spread: float = 1.0,
     ) -> None:
         super().__init__()
         if n_components < 1:
             msg = f"a mixture has a component at least, not {n_components}"
             raise ValueError(msg)
-        self.paced_loc = nn.Parameter(torch.randn(n_components, n_latent) * (spread / self.PACE))
+        self.paced_loc = nn.Parameter(torch.randn(n_components, n_latent) * (1 / self.PACE))
         self.log_scale = nn.Parameter(torch.zeros(n_components, n_latent))
         if isinstance(proportions, str) and proportions == "learned":
             self.logits = nn.Parameter(torch.zeros(n_components))
