@@ -280,7 +280,9 @@ def _drawn_together(
 ) -> tuple[Float[ndarray, "genes"], Float[ndarray, "genes"]]:
     """Return excess / scale, at least 0, drawn to the genes' mean as far as noise makes them differ.
 
-    The second is the variance of its error (DerSimonian and Laird's, of genes that are independent).
+    The second is the variance of its error: the linear Bayes estimate's, of which a gene has as much as the
+    square of its own value is of the genes' mean square, since a scale errs in proportion to itself; and that
+    of the mean (DerSimonian and Laird's, of genes that are independent).
 
     Parameters
     ----------
@@ -297,13 +299,17 @@ def _drawn_together(
     for _ in range(3):
         of_raw = noise(mean)[known] / scale[known] ** 2
         mean = max(0.0, np.average(raw, weights=1 / of_raw))
-    w = 1 / of_raw
-    spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / (
-        w.sum() - (w**2).sum() / w.sum() + 1e-300
-    )
-    drawn, error = np.full_like(scale, mean), np.full_like(scale, spread)
-    drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / (spread + of_raw))
+    spread = 0.0
+    for _ in range(5):  # noise is that of the genes' mean square, of which the spread is a part
+        of_raw = noise(np.sqrt(mean**2 + spread))[known] / scale[known] ** 2
+        w = 1 / of_raw
+        spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / (
+            w.sum() - (w**2).sum() / w.sum() + 1e-300
+        )
     whole = spread + of_raw
-    # Of the gene's own value given the mean, and of the mean.
-    error[known] = spread * of_raw / whole + (of_raw / whole) ** 2 / (1 / whole).sum()
+    drawn, error = np.full_like(scale, mean), np.full_like(scale, spread)
+    drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / whole)
+    own = (np.maximum(raw, 0) * spread + mean * of_raw) / whole
+    error[known] = own**2 * (spread * of_raw / whole) / (mean**2 + spread**2 / whole + 1e-300)
+    error[known] += (of_raw / whole) ** 2 / (1 / whole).sum()
     return drawn, error

@@ -216,6 +216,16 @@ def test_genes_of_which_few_donors_differ_most_are_no_difference_of_their_groups
     assert called <= 1
 
 
+def test_the_error_of_a_genes_variance_is_in_proportion_to_it():
+    """Inverse-gamma variances, seen with four degrees of freedom: below the median and above it."""
+    rng = np.random.default_rng(0)
+    true = 1 / rng.gamma(5, 1 / 5, 20_000)
+    raw = true * rng.chisquare(4, len(true)) / 4
+    drawn, error = variation._drawn_together(raw, np.ones_like(raw), lambda m: np.full_like(raw, m**2 / 2))
+    for some in (drawn < np.median(drawn), drawn >= np.median(drawn)):
+        assert 0.7 < np.mean((true - drawn)[some] ** 2) / np.mean(error[some]) < 1.3
+
+
 @pytest.mark.parametrize("tau", [0.2, 0.5])
 def test_scatter_of_two_replicates_by_quadrature(tau):
     """Of two, the square is 2 tanh^2 of half the difference of their logs."""
