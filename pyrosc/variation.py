@@ -303,9 +303,8 @@ def _drawn_together(
     for _ in range(5):  # noise is that of the genes' mean square, of which the spread is a part
         of_raw = noise(np.sqrt(mean**2 + spread))[known] / scale[known] ** 2
         w = 1 / of_raw
-        spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / (
-            w.sum() - (w**2).sum() / w.sum() + 1e-300
-        )
+        left = max(w.sum() - (w**2).sum() / w.sum(), 1e-9 * w.sum())  # (nothing of a single gene)
+        spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / left
     whole = spread + of_raw
     drawn, error = np.full_like(scale, mean), np.full_like(scale, spread)
     drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / whole)
