@@ -197,13 +197,14 @@ def compared(
     for a, b in pairs:
         arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
         use, stratum = comparable(arm, other, units.batch, batch, data.schema.batches, names[a])
-        within = _within(arm[use], other[use], None if units.replicate is None else units.replicate[use])
+        arm, other = arm[use], other[use]
+        within = _within(arm, other, None if units.replicate is None else units.replicate[use])
         if within.any() and not (
-            within.all() or shows_variance(arm[use][~within], other[use][~within], stratum[~within])
+            within.all() or shows_variance(arm[~within], other[~within], stratum[~within])
         ):
+            arm, other = arm[within], other[within]
             use, stratum, within = (v[within] for v in (use, stratum, within))
             stratum = np.unique(stratum, return_inverse=True)[1]
-        arm, other = arm[use], other[use]
         of_unit = np.full(len(units.batch) + 1, -1)  # (the last is of cells that have none)
         of_unit[use] = stratum
         of_cell = of_unit[units.of_cell]

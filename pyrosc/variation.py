@@ -162,7 +162,7 @@ def between_replicates(
         _within_side(b, phi[1], stratum),
         _within_pairs(matched[0], matched[1], phi),
     ]
-    sizes = [*(strata(stratum).T @ (strata(stratum) @ (arm.cells > 0)) for arm in (a, b))]
+    sizes = [n[stratum] for n in _replicates_of(a, b, stratum)]
     sizes.append(np.full(len(matched[0].cells), len(matched[0].cells)))
     excess = sum((residual**2 - w * known).sum(0) for w, residual, known, _ in parts)
     scale = sum((w * factor).sum(0) for w, _, _, factor in parts)
@@ -172,8 +172,9 @@ def between_replicates(
     def noise(tau2: float) -> ndarray:
         squares = []
         for (w, _, known, factor), n, seen in zip(parts, sizes, (_ratio, _ratio, _fold_change), strict=True):
-            v, log_normal = known + tau2 * factor, np.array([_scatter(tau2, int(k), seen) for k in n])
-            squares.append(w * (v + 2 * v**2) + 2 * (log_normal[:, None] - 1) * (w * tau2 * factor) ** 2)
+            v, (different, which) = known + tau2 * factor, np.unique(n, return_inverse=True)
+            log_normal = np.array([_scatter(tau2, int(k), seen) for k in different])[which, None]
+            squares.append(w * (v + 2 * v**2) + 2 * (log_normal - 1) * (w * tau2 * factor) ** 2)
         return np.concatenate(squares).sum(0)
 
     return _drawn_together(excess, scale, noise)
@@ -219,14 +220,20 @@ def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
 
 def one_on_each_side(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> Bool[ndarray, "strata"]:
     """Say which strata have a single replicate in either arm."""
-    pool = strata(stratum)
-    return (pool @ (a.cells > 0) == 1) & (pool @ (b.cells > 0) == 1)
+    n, m = _replicates_of(a, b, stratum)
+    return (n == 1) & (m == 1)
 
 
 def shows_variance(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> bool:
     """Say whether replicates alike by design are there: two of an arm in a stratum, or two pairs."""
-    n, m = (strata(stratum) @ (arm.cells > 0) for arm in (a, b))
-    return bool(max(n.max(), m.max()) > 1 or ((n == 1) & (m == 1)).sum() > 1)
+    n, m = _replicates_of(a, b, stratum)
+    return bool(max(n.max(), m.max()) > 1 or one_on_each_side(a, b, stratum).sum() > 1)
+
+
+def _replicates_of(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> tuple[ndarray, ndarray]:
+    """Return how many replicates each stratum has in either arm."""
+    pool = strata(stratum)
+    return pool @ (a.cells > 0), pool @ (b.cells > 0)
 
 
 def _in_order(stratum: Int[ndarray, "units"], chosen: Bool[ndarray, "units"]) -> Int[ndarray, "some"]:
