@@ -351,7 +351,7 @@ def differential_expression(
     -----
     Without a `replicate_key` cells count as independent: with few donors, intervals are too narrow for
     conclusions about donors. With one, the log rate of each donor, in each batch and on each side, has an
-    error of variance tau_g^2, estimated from the counts by :func:`pyrosc.variation.between_replicates`. A
+    error of variance tau_g^2, estimated from the counts by :func:`pyrosc.replicates.between_replicates`. A
     donor with cells on both sides is compared with itself, the others with those of their batch. These two
     kinds have a tau_g^2 each, and what either shows is weighed by it, so that donors of one side take nothing
     from what those of both show (one alone against one alone, whose tau_g^2 nothing shows, is then not

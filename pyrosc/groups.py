@@ -14,9 +14,10 @@ from numpy import ndarray
 
 from pyrosc.asking import in_order
 from pyrosc.counts import Counts
+from pyrosc.replicates import shows_variance
 from pyrosc.shrinkage import likelihood
 from pyrosc.svi import Fit
-from pyrosc.variation import Arm, shows_variance, sums
+from pyrosc.variation import Arm, sums
 
 
 def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:

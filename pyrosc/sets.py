@@ -16,9 +16,10 @@ from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, check_numbers
 from pyrosc.groups import Comparison, comparisons
+from pyrosc.replicates import fitted_share, one_on_each_side
 from pyrosc.shrinkage import LFC, beyond, shrink
 from pyrosc.svi import Fit
-from pyrosc.variation import fitted_share, one_on_each_side, strata
+from pyrosc.variation import strata
 
 _CELLS = 4096  # looked at together
 _KNOWN, _LEAST = 0.25, 0.05**2  # variances of a fold change: of a known one, and of those of a set at least

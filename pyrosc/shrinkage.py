@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from pyrosc.variation import Arm, between_replicates, dispersion, strata
+from pyrosc.replicates import TAU2, between_replicates
+from pyrosc.variation import Arm, dispersion, strata
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
@@ -54,9 +55,10 @@ def likelihood(
     Poisson counts, skewed where they are few, and flat for a gene without counts: a normal approximation by
     the delta method is none of these, and where a small group meets a rare gene its errors all point one way.
 
-    tau^2 is known with an error of variance e, and where genes differ in it a gene's own may be much larger
-    than it seems. With nu = 2 (Var U)^2 / ((d Var U / d tau^2)^2 e) degrees of freedom (Satterthwaite), the
-    likelihood is that of Student's t, (1 - 2 q / nu)^(-(nu + 1) / 2).
+    tau^2 is uncertain, and where genes differ in it a gene's own may be much larger than it seems. With the
+    mean m and the variance s^2 that 1 / Var U has over what tau^2 may be, the likelihood is that of Student's
+    t with nu = 2 m^2 / s^2 degrees of freedom, (1 - 2 q / nu)^(-(nu + 1) / 2), and the Var U of q is 1 / m:
+    as it is exactly where 1 / Var U has a gamma distribution.
 
     Replicates that are compared with themselves differ by less than those compared with others. Either kind
     has a tau^2 and a likelihood of its own, and these are multiplied.
@@ -95,9 +97,9 @@ def _log_likelihood(
     b: Arm,
     stratum: Int[ndarray, "units"],
     phi: Sequence[Float[ndarray, "genes"]],
-    found: tuple[Float[ndarray, "genes"], Float[ndarray, "genes"]] | None,
+    variances: Float[ndarray, "genes values"] | None,
 ) -> Float[Tensor, "genes points"]:
-    """Return the logarithm of :func:`likelihood`, of units of one kind; found: tau^2 and its error."""
+    """Return the logarithm of :func:`likelihood`, of units of one kind, by their `between_replicates`."""
     pool = strata(stratum)
     (xa, la), (xb, lb) = ((pool @ arm.x, (pool @ arm.l)[:, None]) for arm in (a, b))
     extra, between = np.zeros_like(xa), np.zeros_like(la)
@@ -105,13 +107,14 @@ def _log_likelihood(
         cells, replicates = ((pool @ v)[:, None] / np.maximum(l, 1) ** 2 for v in (arm.ll, arm.l**2))
         extra += f * cells
         between += replicates
-    if found is not None:
-        tau2, error = found
+    x = xa + xb
+    if variances is not None:
+        # (At no difference: what a call has to stand out from.)
+        tau2, nu = _student(x, la / np.maximum(la + lb, 1), extra, between, variances)
         extra += tau2 * between
     odds = la * 2.0**LFC
     p = odds / np.maximum(odds + lb, 1e-300)
     pq = p * (1 - p)
-    x = xa + xb
     of_gene = (v.T for v in (x, x**2 * extra, xa.sum(0, keepdims=True)))
     blocks = zip(*(torch.from_numpy(v).split(_BLOCK) for v in of_gene), strict=True)
     p, pq, pq2 = (torch.from_numpy(v) for v in (p, pq, pq**2))
@@ -122,29 +125,26 @@ def _log_likelihood(
         slope = (x_a - x_g @ p).mul_(information).div_(variance)
         torch.cumsum(slope[:, 1:].add(slope[:, :-1]), 1, out=log[:, 1:])
         log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2)
-    if found is not None:
-        # (At no difference: what a call has to stand out from.)
-        nu = _freedom(x, la / np.maximum(la + lb, 1), extra, between, error)
+    if variances is not None:
         curves.mul_(-2 / nu).log1p_().mul_(-(nu + 1) / 2)
     return curves
 
 
-def _freedom(
+def _student(
     x: Float[ndarray, "strata genes"],
     p: Float[ndarray, "strata 1"],
     extra: Float[ndarray, "strata genes"],
     between: Float[ndarray, "strata 1"],
-    error: Float[ndarray, "genes"],
-) -> Float[Tensor, "genes 1"]:
-    """Return nu of :func:`likelihood`, between 1 and so many that it makes no difference.
-
-    Twice the square of Var U over the variance that it has as an estimate, (dVar U / dtau^2)^2 e.
-    """
+    variances: Float[ndarray, "genes values"],
+) -> tuple[Float[ndarray, "genes"], Float[Tensor, "genes 1"]]:
+    """Return the tau^2 and the nu of :func:`likelihood`; nu between 1 and so many that they are all."""
     information = x * p * (1 - p)
-    variance = (information + information**2 * extra).sum(0)
-    slope = (information**2 * between).sum(0)
-    relative = slope**2 * error / np.maximum(variance, 1e-100) ** 2
-    return torch.from_numpy(2 / np.clip(relative, 2 / _NORMAL, 2))[:, None]
+    known, slope = (information + information**2 * extra).sum(0), (information**2 * between).sum(0)
+    precision = 1 / np.maximum(known[:, None] + slope[:, None] * TAU2, 1e-100)
+    mean = (variances * precision).sum(1)
+    relative = (variances * (precision / mean[:, None] - 1) ** 2).sum(1)
+    tau2 = np.maximum(1 / mean - known, 0) / np.maximum(slope, 1e-100)
+    return tau2, torch.from_numpy(2 / np.clip(relative, 2 / _NORMAL, 2))[:, None]
 
 
 @dataclass(frozen=True)

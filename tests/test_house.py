@@ -41,6 +41,7 @@ LAYERS = [
     {"imputed"},
     {"posterior", "imputation", "multiple", "evidence", "states"},
     {"variation", "query"},
+    {"replicates"},
     {"shrinkage"},
     {"groups"},
     {"differential", "criticism", "ranking"},

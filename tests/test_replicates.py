@@ -8,24 +8,26 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy import stats
 
-from pyrosc import differential_expression, fit_svi, from_anndata, variation
+from pyrosc import differential_expression, fit_svi, from_anndata
 from pyrosc.groups import comparable, comparisons
-from pyrosc.shrinkage import LFC, likelihood, shrink
-from pyrosc.variation import _ratio, _scatter, between_replicates, dispersion, sums
+from pyrosc.replicates import TAU2, _probabilities, _ratio, _scatter, between_replicates, squares
+from pyrosc.shrinkage import LFC, _student, likelihood, shrink
+from pyrosc.variation import dispersion, sums
 
 
-def donors(seed, n_donors, tau, *, paired=False, genes=300, lfc_sd=0.0, mean=None, equal=False):
+def donors(seed, n_donors, tau, *, paired=False, genes=300, lfc_sd=0.0, mean=None, equal=False, lfc=None):
     """Counts, each cell's side and donor, and true log2 fold changes; tau: of a donor on a side."""
     rng = np.random.default_rng(seed)
     mean = rng.gamma(0.6, 1.5, genes) + 0.3 if mean is None else np.full(genes, mean)
     donor = np.repeat(np.arange(n_donors), 100 if equal else rng.integers(30, 170, n_donors))
     side = rng.integers(0, 2, len(donor)) if paired else donor % 2
-    lfc = rng.normal(0, lfc_sd, genes)
+    lfc = rng.normal(0, lfc_sd, genes) if lfc is None else lfc
     own = rng.normal(0, 0.5, (n_donors, genes)) * paired  # of the donor, the same on either side
     rates = np.log(mean) + np.log(2) * lfc * side[:, None] + own[donor]
     rates = rates + rng.normal(0, tau, (n_donors, 2, genes))[donor, side]
-    lfc -= np.log2((mean * 2**lfc).sum() / mean.sum())  # of shares
+    lfc = lfc - np.log2((mean * 2**lfc).sum() / mean.sum())  # of shares
     mu = np.exp(rates) * rng.lognormal(0, 0.3, (len(donor), 1))
     return rng.poisson(rng.gamma(3, mu / 3)).astype(np.float32), side, donor, lfc
 
@@ -38,45 +40,67 @@ def arms_of(x, side, donor):
     return one, zero, stratum
 
 
+def mean_variance(one, zero, stratum):
+    """Each gene's expected tau^2."""
+    return between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)]) @ TAU2
+
+
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("tau", [0.0, 0.35])
 def test_variance_between_replicates_is_that_of_the_simulation(paired, tau):
-    found = []
-    for seed in range(3):
-        one, zero, stratum = arms_of(*donors(seed, 12, tau, paired=paired)[:3])
-        tau2, _ = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
-        found.append(tau2.mean())
+    found = [mean_variance(*arms_of(*donors(seed, 12, tau, paired=paired)[:3])).mean() for seed in range(3)]
     np.testing.assert_allclose(np.mean(found), tau**2, rtol=0.15, atol=0.003)
 
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_genes_that_donors_differ_in_alike_get_one_variance(paired):
     """Squares of log-normal errors scatter more than a normal's: that is no difference between genes."""
-    spread = []
-    for seed in range(6):
-        one, zero, stratum = arms_of(*donors(seed, 6, 0.35, paired=paired)[:3])
-        spread.append(between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])[0].std())
+    spread = [mean_variance(*arms_of(*donors(s, 6, 0.35, paired=paired)[:3])).std() for s in range(6)]
     assert np.mean(spread) < 0.1 * 0.35**2
 
 
 @pytest.mark.parametrize("n_donors", [6, 12, 24])
 @pytest.mark.parametrize("paired", [False, True])
-def test_noise_of_a_variance_is_how_much_it_varies(paired, n_donors, monkeypatch):
+def test_squares_have_the_mean_and_the_variance_that_they_are_given(paired, n_donors):
     """Over genes that donors differ in alike."""
-    seen = []
-    original = variation._drawn_together
-    monkeypatch.setattr(variation, "_drawn_together", lambda *a: seen.append(a) or original(*a))
-    found = []
+    there, found = np.abs(TAU2 - 0.35**2).argmin(), []
     for seed in range(4):
-        one, zero, stratum = arms_of(
-            *donors(seed, n_donors, 0.35, paired=paired, genes=2000, mean=8.0, equal=True)[:3]
-        )
-        between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
-        excess, scale, noise = seen[-1]
-        mean = excess.sum() / scale.sum()
-        found.append((np.var(excess / scale), np.mean(noise(mean) / scale**2)))
-    empirical, claimed = np.mean(found, 0)
-    assert 0.9 < claimed / empirical < 1.35
+        tau = np.sqrt(TAU2[there])
+        x, side, donor, _ = donors(seed, n_donors, tau, paired=paired, genes=2000, mean=8.0, equal=True)
+        one, zero, stratum = arms_of(x, side, donor)
+        seen, mean, variance = squares(one, zero, stratum, [dispersion(one), dispersion(zero)])
+        slope = (mean[-1] - mean[0]) / (TAU2[-1] - TAU2[0])  # what tau^2 is multiplied by
+        error = (seen - mean[there]) / slope
+        found.append((error.mean(), error.var(), np.mean(variance[there] / slope**2)))
+    bias, empirical, claimed = np.mean(found, 0)
+    assert abs(bias) < 0.1 * TAU2[there]
+    assert 0.85 < claimed / empirical < 1.3
+
+
+def test_a_variance_is_as_probable_as_by_quadrature():
+    """Squares of four degrees of freedom of a variance whose logarithm is normal."""
+    rng = np.random.default_rng(0)
+    true = np.exp(rng.normal(np.log(0.1), 0.7, 4000))
+    seen = true * rng.chisquare(4, len(true))
+    mean = 4 * TAU2[:, None] * np.ones(len(true))
+    found = _probabilities(seen, mean, mean**2 / 2)
+    prior = stats.norm.pdf(np.log(TAU2), np.log(0.1), 0.7)
+    exact = prior * stats.chi2.pdf(seen[:, None] / TAU2, 4) / TAU2
+    exact /= exact.sum(1, keepdims=True)
+    np.testing.assert_allclose(found @ np.log(TAU2), exact @ np.log(TAU2), atol=0.05)
+    below = (found * (true[:, None] > TAU2)).sum(1)
+    for level in (0.05, 0.5, 0.95):
+        assert np.mean(below < level) == pytest.approx(level, abs=0.03)
+
+
+def test_student_of_an_inverse_gamma_variance_is_the_exact_one():
+    """Of counts so large that tau^2 is all that is unknown: 2 a degrees of freedom (Smyth, 2004)."""
+    variances = stats.invgamma.pdf(TAU2, 3, scale=0.3) * TAU2
+    variances = variances[None] / variances.sum()
+    x, p, between = np.full((1, 1), 1e9), np.full((1, 1), 0.5), np.full((1, 1), 2 / 3)
+    tau2, nu = _student(x, p, np.zeros((1, 1)), between, variances)
+    assert float(nu) == pytest.approx(6, rel=0.01)
+    np.testing.assert_allclose(tau2, 0.1, rtol=0.01)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.35])
@@ -84,9 +108,8 @@ def test_donors_one_on_each_side_of_a_batch_show_it_too(tau):
     found = []
     for seed in range(3):
         one, zero, _ = arms_of(*donors(seed, 12, tau)[:3])
-        stratum = np.arange(12) // 2  # a donor of either side in each of six batches
-        tau2, _ = between_replicates(one, zero, stratum, [dispersion(one), dispersion(zero)])
-        found.append(tau2.mean())
+        # A donor of either side in each of six batches.
+        found.append(mean_variance(one, zero, np.arange(12) // 2).mean())
     np.testing.assert_allclose(np.mean(found), tau**2, rtol=0.15, atol=0.003)
 
 
@@ -216,14 +239,22 @@ def test_genes_of_which_few_donors_differ_most_are_no_difference_of_their_groups
     assert called <= 1
 
 
-def test_the_error_of_a_genes_variance_is_in_proportion_to_it():
-    """Inverse-gamma variances, seen with four degrees of freedom: below the median and above it."""
-    rng = np.random.default_rng(0)
-    true = 1 / rng.gamma(5, 1 / 5, 20_000)
-    raw = true * rng.chisquare(4, len(true)) / 4
-    drawn, error = variation._drawn_together(raw, np.ones_like(raw), lambda m: np.full_like(raw, m**2 / 2))
-    for some in (drawn < np.median(drawn), drawn >= np.median(drawn)):
-        assert 0.7 < np.mean((true - drawn)[some] ** 2) / np.mean(error[some]) < 1.3
+@pytest.mark.parametrize("paired", [False, True])
+def test_genes_of_which_donors_differ_little_are_found_among_those_of_which_they_differ_much(paired):
+    """Six a side, or six of both; sd log-normal about .35: calls are right, and there are some."""
+    found, false = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        tau, lfc = 0.35 * np.exp(rng.normal(0, 0.5, 600)), np.repeat([1.0, -1.0, 0.0], [40, 40, 520])
+        x, side, donor, _ = donors(
+            seed, 6 if paired else 12, tau, paired=paired, genes=600, equal=True, lfc=lfc
+        )
+        table = asked(x, side, donor)
+        changed = lfc[table.gene.astype(int)] != 0
+        found.append((table.is_de & changed).sum())
+        false.append((table.is_de & ~changed).sum())
+    assert np.mean(found) > (3 if paired else 15)
+    assert np.sum(false) <= 0.1 * np.sum(found)
 
 
 @pytest.mark.parametrize("tau", [0.2, 0.5])
