@@ -4,27 +4,35 @@ Cells of one donor are no independent replicates of a group: what they have in c
 donor, in some genes by much more than in others, and a comparison of groups has to know by how much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from scipy.special import gammaln
+from scipy.interpolate import CubicSpline
+from scipy.special import polygamma
 from torch import Tensor
 
 from pyrosc.variation import Arm, strata
 
 TAU2: Float[ndarray, "values"] = np.logspace(-4, 1, 101)
-"""Variances of a log rate between replicates, an eighth apart, at which their probabilities are held."""
+"""Variances of a log rate (natural) between replicates, an eighth apart, that are given a probability."""
 
-_SIMULATIONS = 10_000
-_MANY = 30  # replicates: more do not change how their squares scatter
-_GENES = 1024  # at a time, so that little is held
-# Of log TAU2, the priors that genes may have: normal, with these means and sds.
-_MEANS = np.log(TAU2[::2])
-_SDS = np.array([0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0])
+_SIZE = np.geomspace(1e-2, 1e5, 10_000)
+_ALPHA = 1 / np.interp(np.log(TAU2), np.log(polygamma(1, _SIZE[::-1])), _SIZE[::-1])
+# The dispersions of these gamma distributions: squares of their coefficients of variation.
+
+_EVERY = 4  # of TAU2 has its likelihood worked out; in between it is a cubic spline, to some .01 nats
+_GENES = 512  # at a time, so that little is held
+_STEPS = 3  # towards the common rate, or fold change, that is most likely for a tau^2
+_LEAST_INFORMATION = 1e-3  # about a log fold change, which of next to no counts is nothing
+# Of log TAU2, the priors that genes may have: normal, with one of these medians and sds, but for a share of
+# the genes, which have any larger variance.
+_MEDIANS = np.log(TAU2[TAU2 <= 1])
+_SDS = np.geomspace(0.15, 2, 11)
+_UNLIKE = np.array([0.001, 0.01, 0.05])
 _LIKELY = 1e-6  # priors of less than this probability are left out
 
 
@@ -33,20 +41,23 @@ def between_replicates(
 ) -> Float[ndarray, "genes values"] | None:
     r"""Return how probable each of :data:`TAU2` is as the variance of a gene's log rate between replicates.
 
-    A replicate's sum x of counts over cells with totals l has the variance ::
+    A replicate's sum x of counts over cells with totals l is negative binomial, of its arm's and stratum's
+    rate r::
 
-        v + tau^2 (r sum l)^2,    v = r sum l + phi r^2 sum l^2
+        E x = r sum l,    Var x = E x + d (E x)^2,    d = alpha + phi sum l^2 / (sum l)^2
 
-    about r sum l, with the rate r of its arm and stratum. Replicates of one side show tau^2 by how far they
-    are from their common rate. A stratum with a single replicate on either side (one that has cells on both
-    has a stratum of its own, or one against one in a batch) has a rate r of its own, and a tau^2 on either
-    side; such pairs show it by how far their fold changes are from the common one (Mantel and Haenszel,
-    1959). The sum of a gene's squares has, given tau^2, about a gamma distribution with their mean and
-    variance, what the common rate or fold change takes up of them counted.
+    that is, replicates' rates have a gamma distribution, whose logarithm has the variance
+    tau^2 = trigamma(1 / alpha), for which it is about alpha.
 
-    Over the genes log tau^2 has a normal distribution; all that these may have are weighed by how well they
-    foretell the squares of all genes. So genes that differ between donors alike have one variance, known as
-    well as all of them show it, and others each its own, as uncertain as few donors leave it.
+    A stratum with a single replicate on either side (one that has cells on both has a stratum of its own, or
+    one against one in a batch) has a rate of its own. Given the sum of both, either is beta-binomial: the log
+    ratio of their rates is the fold change, the same in all pairs, but for the variance d_a + d_b. What the
+    common rate, or fold change, takes up of the likelihood is adjusted for.
+
+    Over the genes log tau^2 has a normal distribution, but for a few genes that have any larger one (donors'
+    sex, immunoglobulins). Median and sd of the one and number of the others are averaged over, by how well
+    they foretell the counts of all genes. So genes that differ between donors alike have one variance, known
+    as well as all of them show it, and others each its own, as uncertain as few donors leave it.
 
     Parameters
     ----------
@@ -65,109 +76,119 @@ def between_replicates(
 
     References
     ----------
-    Smyth, Linear models and empirical Bayes methods for assessing differential expression in microarray
-    experiments, 2004 (variances drawn together; there their prior is an inverse gamma distribution).
+    Cox and Reid, Parameter orthogonality and approximate conditional inference, 1987 (the adjustment).
+    McCarthy, Chen and Smyth, Differential expression analysis of multifactor RNA-Seq experiments with respect
+    to biological variation, 2012 (the same for a dispersion, which there is drawn to that of other genes).
     """
-    found = squares(a, b, stratum, phi)
-    return None if found is None else _probabilities(*found)
+    return _posterior(evidence(a, b, stratum, phi)).numpy() if shows_variance(a, b, stratum) else None
 
 
-def squares(
+def evidence(
     a: Arm, b: Arm, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
-) -> tuple[Float[ndarray, "genes"], Float[ndarray, "values genes"], Float[ndarray, "values genes"]] | None:
-    """Return each gene's sum of squares, and the mean and the variance that it has given each of TAU2.
+) -> Float[Tensor, "genes values"]:
+    """Return each gene's adjusted log likelihood of each of TAU2, up to a constant.
 
     Parameters
     ----------
     a, b, stratum, phi
-        See :func:`between_replicates`.
+        See :func:`between_replicates`; there are replicates that show it.
     """
     single = one_on_each_side(a, b, stratum)[stratum]
-    matched = [arm[_in_order(stratum, single & (arm.cells > 0))] for arm in (a, b)]
-    parts = [
-        _within_side(a, phi[0], stratum),
-        _within_side(b, phi[1], stratum),
-        _within_pairs(matched[0], matched[1], phi),
+    pair_of = [_in_order(stratum, single & (arm.cells > 0)) for arm in (a, b)]
+    several = [
+        _in_order(stratum, (n > 1)[stratum] & (arm.cells > 0))
+        for arm, n in zip((a, b), _replicates_of(a, b, stratum), strict=True)
     ]
-    sizes = [n[stratum] for n in _replicates_of(a, b, stratum)]
-    sizes.append(np.full(len(matched[0].cells), len(matched[0].cells)))
-    if not any((w * factor).any() for w, _, _, factor in parts):
-        return None
-    tau2 = TAU2[:, None]
-    found, (mean, variance) = np.zeros(a.x.shape[1]), np.zeros((2, len(TAU2), a.x.shape[1]))
-    for (w, residual, known, factor), n, seen in zip(
-        parts, sizes, (_ratio, _ratio, _fold_change), strict=True
-    ):
-        found += (residual**2).sum(0)
-        # The sums over units of w v and of w (v + 2 v^2), where v = known + tau^2 factor.
-        v, v2 = (w * known).sum(0) + tau2 * (w * factor).sum(0), (w * known**2).sum(0)
-        v2 = v2 + 2 * tau2 * (w * known * factor).sum(0) + tau2**2 * (w * factor**2).sum(0)
-        mean += v
-        variance += v + 2 * v2
-        for k in np.unique(n):
-            log_normal = np.array([_scatter(t, min(int(k), _MANY), seen) for t in TAU2])[:, None]
-            variance += 2 * (log_normal - 1) * tau2**2 * ((w * factor)[n == k] ** 2).sum(0)
-    return found, mean, variance
+    parts = []
+    for start in range(0, a.x.shape[1], _GENES):
+        some = slice(start, start + _GENES)
+        counts = [_counts(arm, f, some) for arm, f in zip((a, b), phi, strict=True)]
+        log: list[Tensor] = []
+        for (x, l, d), mine in zip(counts, several, strict=True):
+            if len(mine):
+                log.append(_of_side(x[mine], l[mine], d[mine], stratum[mine]))
+        if single.any():
+            pairs = [tuple(v[mine] for v in of) for of, mine in zip(counts, pair_of, strict=True)]
+            log.append(_of_pairs(*pairs))
+        parts.append(torch.stack(log).sum(0))
+    spline = CubicSpline(np.log(TAU2[::_EVERY]), torch.cat(parts).numpy(), axis=1)
+    return torch.from_numpy(spline(np.log(TAU2)))
 
 
-def _probabilities(
-    squares: Float[ndarray, "genes"],
-    mean: Float[ndarray, "values genes"],
-    variance: Float[ndarray, "values genes"],
-) -> Float[ndarray, "genes values"]:
-    """Return :func:`between_replicates` of what :func:`squares` returns."""
-    shape = np.maximum(mean, 1e-12) ** 2 / np.maximum(variance, 1e-12)
-    x = shape * np.maximum(squares, 1e-12) / np.maximum(mean, 1e-12)
-    log = np.where(mean > 0, shape * np.log(x) - x - gammaln(shape), 0).T  # (less log of the squares)
-    evidence = torch.from_numpy(np.exp(log - log.max(1, keepdims=True)))
-    priors = _priors()
-    of_genes = (some @ priors for some in evidence.split(_GENES))
-    weights = sum(each.clamp_(min=1e-300).log_().sum(0) for each in of_genes).softmax(0)
+def _counts(arm: Arm, phi: Float[ndarray, "genes"], genes: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return some genes' counts of each unit, its total, and the dispersion that its cells alone make."""
+    l = np.maximum(arm.l, 1)[:, None]
+    own = phi[genes] * arm.ll[:, None] / l**2
+    return torch.from_numpy(arm.x[:, genes]), torch.from_numpy(l), torch.from_numpy(own)
+
+
+def _of_side(
+    x: Float[Tensor, "units genes"],
+    l: Float[Tensor, "units 1"],
+    own: Float[Tensor, "units genes"],
+    stratum: Int[ndarray, "units"],
+) -> Float[Tensor, "genes some"]:
+    """Return the log likelihood of some of TAU2 that replicates with a common rate have."""
+    pool = torch.from_numpy(strata(np.unique(stratum, return_inverse=True)[1]))
+    of = pool.argmax(0)
+    total = pool @ x
+    rate, found = total / (pool @ l), []
+    for alpha in _ALPHA[::_EVERY]:
+        d = own + alpha
+        for _ in range(_STEPS):
+            weight = 1 / (1 + d * l * rate[of])
+            rate = (pool @ (weight * x)) / (pool @ (weight * l))
+        mean, size = l * rate[of], 1 / d
+        log = torch.lgamma(x + size) - torch.lgamma(size) + torch.xlogy(x, d * mean)
+        log -= (x + size) * torch.log1p(d * mean)
+        information = pool @ (mean / (1 + d * mean))  # about the log rate
+        found.append(log.sum(0) - 0.5 * torch.where(total > 0, information, 1).log().sum(0))
+    return torch.stack(found, 1)
+
+
+def _of_pairs(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, "genes some"]:
+    """Return the log likelihood of some of TAU2 that pairs with a common fold change have."""
+    (xa, la, own_a), (xb, lb, own_b) = a, b
+    x, offset = xa + xb, (la / lb).log()
+    level = (lb.sum() / la.sum()).log()
+    far = torch.log(2 * x.sum(0) + 1)  # what half a count on the one side and all on the other are
+    lfc, found = level + torch.log((xa.sum(0) + 0.5) / (xb.sum(0) + 0.5)), []
+    for alpha in _ALPHA[::_EVERY]:
+        d = own_a + own_b + 2 * alpha
+        for step in range(_STEPS + 1):
+            p = torch.sigmoid(lfc + offset)
+            v = p * (1 - p) * d
+            precision = (-v).exp() / v  # next to 1 / v - 1, which makes the part's variance p (1 - p) v
+            weight = 1 / (1 + (x - 1).clamp(min=0) / (precision + 1))
+            information = (weight * x * p * (1 - p)).sum(0).clamp(min=_LEAST_INFORMATION)
+            if step < _STEPS:
+                lfc = lfc + ((weight * (xa - x * p)).sum(0) / information).clamp(-1, 1)
+                lfc = lfc.clamp(level - far, level + far)
+        log = torch.lgamma(precision) - torch.lgamma(x + precision)
+        for count, part in ((xa, p * precision), (xb, (1 - p) * precision)):
+            log += torch.lgamma(count + part) - torch.lgamma(part)
+        found.append(log.sum(0) - 0.5 * information.log())
+    return torch.stack(found, 1)
+
+
+def _posterior(log: Float[Tensor, "genes values"]) -> Float[Tensor, "genes values"]:
+    """Return the probabilities of TAU2 given all genes' log likelihoods."""
+    likelihood = (log - log.amax(1, keepdim=True)).exp()
+    priors, parts = _priors(), likelihood.split(_GENES)
+    weights = sum((some @ priors).log_().sum(0) for some in parts).softmax(0)
     priors, weights = priors[:, weights > _LIKELY], weights[weights > _LIKELY]
-    found = evidence * ((weights / (evidence @ priors).clamp_(min=1e-300)) @ priors.T)
-    return (found / found.sum(1, keepdim=True)).numpy()
+    posterior = torch.cat([some * ((weights / (some @ priors)) @ priors.T) for some in parts])
+    return posterior / posterior.sum(1, keepdim=True)
 
 
 @cache
 def _priors() -> Float[Tensor, "values priors"]:
-    """Return the normal distributions of log TAU2, each of mass 1."""
-    mean, sd = (v.ravel() for v in np.meshgrid(_MEANS, _SDS))
-    mass = np.exp(-0.5 * ((np.log(TAU2)[:, None] - mean) / sd) ** 2)
-    return torch.from_numpy(mass / mass.sum(0))
-
-
-@cache
-def _scatter(tau2: float, n: int, seen: Callable[[ndarray], ndarray]) -> float:
-    """Return the variance of tau^2's estimate from n log-normal replicates, over that from normal ones.
-
-    By simulation: of few replicates it is less than 1, since no square is larger than their number allows, of
-    many more, since log-normal squares have long tails. Of one there is no estimate.
-
-    Parameters
-    ----------
-    seen
-        What is seen of log effects with the variance tau^2, (2, simulations, n).
-    """
-    if n < 2:
-        return 1.0
-    squares = seen(np.sqrt(tau2) * _standard_normal(n)).var(1, ddof=1)
-    return float(squares.var() / (2 * squares.mean() ** 2 / (n - 1)))
-
-
-def _ratio(log: Float[ndarray, "2 simulations n"]) -> Float[ndarray, "simulations n"]:
-    """Each replicate's rate over the mean of its side's."""
-    rate = np.exp(log[0])
-    return rate / rate.mean(1, keepdims=True)
-
-
-def _fold_change(log: Float[ndarray, "2 simulations n"]) -> Float[ndarray, "simulations n"]:
-    """How far the part that one side has of a pair's counts is from a half, as a log fold change."""
-    return np.tanh((log[0] - log[1]) / 2) * 2
-
-
-@cache
-def _standard_normal(n: int) -> Float[ndarray, "2 simulations n"]:
-    return np.random.default_rng(0).standard_normal((2, _SIMULATIONS, n))
+    """Return the distributions that log TAU2 may have over the genes, each of mass 1."""
+    log = np.log(TAU2)[:, None, None, None]
+    median, sd, unlike = np.meshgrid(_MEDIANS, _SDS, _UNLIKE, indexing="ij")
+    like, larger = np.exp(-0.5 * ((log - median) / sd) ** 2), (log >= median).astype(float)
+    mass = (1 - unlike) * like / like.sum(0) + unlike * larger / larger.sum(0)
+    return torch.from_numpy(mass.reshape(len(TAU2), -1))
 
 
 def one_on_each_side(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> Bool[ndarray, "strata"]:
@@ -194,30 +215,6 @@ def _in_order(stratum: Int[ndarray, "units"], chosen: Bool[ndarray, "units"]) ->
     return places[np.argsort(stratum[places], kind="stable")]
 
 
-_Part = tuple[ndarray, ndarray, ndarray, ndarray]
-"""Weights w, residuals e, variance v and factor f: the expected squares e^2 are w (v + tau^2 f)."""
-
-
-def _within_side(arm: Arm, phi: Float[ndarray, "genes"], stratum: Int[ndarray, "units"]) -> _Part:
-    """Return how far replicates of one side are from the rate that they have in common."""
-    pool, l = strata(stratum), arm.l[:, None]
-    total = np.maximum(pool @ l, 1)[stratum]
-    mean = l * (pool @ arm.x)[stratum] / total
-    known = mean + phi * (mean / np.maximum(l, 1)) ** 2 * arm.ll[:, None]
-    return _left(l / total, pool), arm.x - mean, known, mean**2
-
-
-def _within_pairs(a: Arm, b: Arm, phi: Sequence[Float[ndarray, "genes"]]) -> _Part:
-    """Return how far pairs of replicates, one on either side, are from their common fold change."""
-    la, lb = a.l[:, None], b.l[:, None]
-    p = fitted_share(a.x, la, b.x, lb)
-    x = a.x + b.x
-    poisson, square = x * p * (1 - p), (x * p * (1 - p)) ** 2
-    spread = phi[0] * (a.ll / a.l**2)[:, None] + phi[1] * (b.ll / b.l**2)[:, None]
-    share = poisson / np.maximum(poisson.sum(0), 1e-300)
-    return _left(share, np.ones((1, len(x)))), a.x - x * p, poisson + spread * square, 2 * square
-
-
 def fitted_share(xa: ndarray, la: ndarray, xb: ndarray, lb: ndarray) -> ndarray:
     """Return the part of each stratum's counts that a has if the fold change is the same in all.
 
@@ -225,8 +222,3 @@ def fitted_share(xa: ndarray, la: ndarray, xb: ndarray, lb: ndarray) -> ndarray:
     """
     one, other = ((x * l / np.maximum(la + lb, 1)).sum(0) for x, l in ((xa, lb), (xb, la)))
     return la * one / np.maximum(la * one + lb * other, 1e-300)
-
-
-def _left(share: ndarray, pool: Float[ndarray, "strata units"]) -> ndarray:
-    """Return the part of a unit's variance that its mean, of which it is a share, leaves in its residual."""
-    return 1 - 2 * share + pool.T @ (pool @ share**2)

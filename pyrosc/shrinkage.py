@@ -57,8 +57,8 @@ def likelihood(
 
     tau^2 is uncertain, and where genes differ in it a gene's own may be much larger than it seems. With the
     mean m and the variance s^2 that 1 / Var U has over what tau^2 may be, the likelihood is that of Student's
-    t with nu = 2 m^2 / s^2 degrees of freedom, (1 - 2 q / nu)^(-(nu + 1) / 2), and the Var U of q is 1 / m:
-    as it is exactly where 1 / Var U has a gamma distribution.
+    t with nu = 2 m^2 / s^2 degrees of freedom, (1 - 2 q / nu)^(-(nu + 1) / 2), and the tau^2 of q makes Var U
+    1 / m at t = 0: as it is exactly where 1 / Var U has a gamma distribution.
 
     Replicates that are compared with themselves differ by less than those compared with others. Either kind
     has a tau^2 and a likelihood of its own, and these are multiplied.
@@ -137,7 +137,7 @@ def _student(
     between: Float[ndarray, "strata 1"],
     variances: Float[ndarray, "genes values"],
 ) -> tuple[Float[ndarray, "genes"], Float[Tensor, "genes 1"]]:
-    """Return the tau^2 and the nu of :func:`likelihood`; nu between 1 and so many that they are all."""
+    """Return the tau^2 and the nu of :func:`likelihood`; nu between 1 and so many that it makes no difference."""
     information = x * p * (1 - p)
     known, slope = (information + information**2 * extra).sum(0), (information**2 * between).sum(0)
     precision = 1 / np.maximum(known[:, None] + slope[:, None] * TAU2, 1e-100)
