@@ -9,6 +9,7 @@ simulated  300 genes, 40 of them changed two-fold; base ~ Gamma(.6, scale 1.5) +
              donors    three donors against three, log-sd .35 of each donor and gene
              nobody    the same without a changed gene: every call is false
              uneven    as donors, and the genes' log-sd differ: .35 times a log-normal, log-sd .5
+             six       the same with six donors against six
              one way   750 against 750, all 40 up four-fold: the shares of all others fall by a quarter
            `found` and `fdp` at the nominal rate of .05; `found_at_5` of the longest ranking whose true false
            discovery proportion is at most .05; `cover` of 90% intervals, over all genes; `curve`, the false
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LEVELS = np.array([0.01, 0.05, 0.1, 0.2])
-SETTINGS = ("plain", "small", "batches", "half", "donors", "nobody", "one way", "uneven")
+SETTINGS = ("plain", "small", "batches", "half", "donors", "nobody", "one way", "uneven", "six")
 PEERS = Path(__file__).parent / "peers"
 DELTA = 0.25
 RELATIVE = ("pyrosc", "deseq2")  # their fold changes are relative to what most genes do
@@ -228,10 +229,11 @@ def simulated(setting: str, seed: int, scale: float = 1.0) -> tuple[ad.AnnData, 
         batch = np.array([rng.choice(3, p=p / p.sum()) for p in of_side[side]])
         log = log + rng.normal(0, 0.5, (3, genes))[batch]
         obs["batch"] = batch.astype(str)
-    if setting in ("donors", "nobody", "uneven"):
-        donor = 2 * rng.integers(0, 3, n) + side
-        sd = 0.35 * (rng.lognormal(0, 0.5, genes) if setting == "uneven" else 1)
-        log = log + rng.normal(0, sd, (6, genes))[donor]
+    if setting in ("donors", "nobody", "uneven", "six"):
+        donors = 6 if setting == "six" else 3  # of either side
+        donor = 2 * rng.integers(0, donors, n) + side
+        sd = 0.35 * (rng.lognormal(0, 0.5, genes) if setting in ("uneven", "six") else 1)
+        log = log + rng.normal(0, sd, (2 * donors, genes))[donor]
         obs["donor"] = donor.astype(str)
     mean = np.exp(log) * rng.lognormal(0, 0.3, (n, 1)) * (0.5 if setting == "half" else 1)
     x = rng.poisson(rng.gamma(3, mean / 3)).astype(np.float32)

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.stats import beta
 
 from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
@@ -48,6 +47,8 @@ class NullCalibration:
         interval
             Probability of the interval.
         """
+        from scipy.stats import beta  # takes long to import
+
         n, hits = len(self.calls), (self.calls > 0).sum(0)
         low, high = (
             beta.ppf(q, hits + 0.5, n - hits + 0.5) for q in ((1 - interval) / 2, (1 + interval) / 2)

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.signal import fftconvolve
 
 from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
@@ -145,6 +144,8 @@ def of_difference(
     The integral over t_b is over the grid; beyond it the likelihood of t_a is that of the grid's end, so that
     a gene of which nothing is known in one of them, a flat curve, gives a flat one.
     """
+    from scipy.signal import fftconvolve  # takes long to import
+
     n = a.shape[1]
     wide = np.pad(a, ((0, 0), (n // 2, n // 2)), mode="edge")
     curves = fftconvolve(wide, b[:, ::-1], mode="valid", axes=1)

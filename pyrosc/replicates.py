@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
-from scipy.interpolate import CubicSpline
 from scipy.special import polygamma
 from torch import Tensor
 
@@ -93,6 +92,8 @@ def evidence(
     a, b, stratum, phi
         See :func:`between_replicates`; there are replicates that show it.
     """
+    from scipy.interpolate import CubicSpline  # takes long to import
+
     single = one_on_each_side(a, b, stratum)[stratum]
     pair_of = [_in_order(stratum, single & (arm.cells > 0)) for arm in (a, b)]
     several = [

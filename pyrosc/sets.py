@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy import sparse, stats
+from scipy import sparse
 
 from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
@@ -114,6 +114,8 @@ def gene_sets(
 
     This asks of the set's genes themselves, not whether they change more than others do.
     """
+    from scipy import stats  # takes long to import
+
     check_numbers(delta, fdr, interval)
     batch = None if batch is None else str(batch)
     data = counts_of(fit, data)

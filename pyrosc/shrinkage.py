@@ -137,7 +137,7 @@ def _student(
     between: Float[ndarray, "strata 1"],
     variances: Float[ndarray, "genes values"],
 ) -> tuple[Float[ndarray, "genes"], Float[Tensor, "genes 1"]]:
-    """Return the tau^2 and the nu of :func:`likelihood`; nu between 1 and so many that it makes no difference."""
+    """Return tau^2 and nu of :func:`likelihood`; nu between 1 and so many that it makes no difference."""
     information = x * p * (1 - p)
     known, slope = (information + information**2 * extra).sum(0), (information**2 * between).sum(0)
     precision = 1 / np.maximum(known[:, None] + slope[:, None] * TAU2, 1e-100)

@@ -284,6 +284,22 @@ SCRIPTS = sorted(
 )
 
 
+def test_importing_pyrosc_imports_nothing_that_takes_long_beside_what_it_is_built_on():
+    before = "import sys, torch, pyro, anndata; before = {*sys.modules}; "
+    script = before + "import pyrosc; print(*{*sys.modules} - before)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    slow = {
+        "scipy.stats",
+        "scipy.signal",
+        "scipy.interpolate",
+        "scipy.optimize",
+        "sklearn",
+        "matplotlib",
+        "numba",
+    }
+    assert not slow & {*run.stdout.split()}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_examples_and_benchmarks_run(script, tmp_path):
     done = run(str(script), "--smoke", timeout=240, cwd=tmp_path)
