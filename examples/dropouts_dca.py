@@ -5,7 +5,7 @@
 1000 genes; some two zeros in five are dropouts. A model is fitted to 70% of the cells, with batch
 normalisation and without, with pyrosc's ZINB and with the usual formula in float32; then a VAE. Zeros with
 P(dropout given x) > 1/2 count as predicted, and are repaired: filled with the mean before dropout. The two
-formulas come to the same here, and none diverges: the fit starts at the counts' means and clips gradients.
+formulas come to the same, and none of 20 seeds diverges: a fit starts at the counts' means, and is clipped.
 """
 
 import argparse
