@@ -19,20 +19,27 @@ from pyrosc.variation import Arm, strata
 TAU2: Float[ndarray, "values"] = np.logspace(-4, 1, 101)
 """Variances of a log rate (natural) between replicates, an eighth apart, that are given a probability."""
 
-_SIZE = np.geomspace(1e-2, 1e5, 10_000)
-_ALPHA = 1 / np.interp(np.log(TAU2), np.log(polygamma(1, _SIZE[::-1])), _SIZE[::-1])
-# The dispersions of these gamma distributions: squares of their coefficients of variation.
-
-_EVERY = 4  # of TAU2 has its likelihood worked out; in between it is a cubic spline, to some .01 nats
+_EVERY = 4  # of TAU2 has its likelihood worked out; in between it is a cubic spline, to some .03 nats
 _GENES = 512  # at a time, so that little is held
-_STEPS = 3  # towards the common rate, or fold change, that is most likely for a tau^2
+_STEPS = 3  # towards the common rate, or fold change, that fits best for a tau^2
 _LEAST_INFORMATION = 1e-3  # about a log fold change, which of next to no counts is nothing
 # Of log TAU2, the priors that genes may have: normal, with one of these medians and sds, but for a share of
 # the genes, which have any larger variance.
 _MEDIANS = np.log(TAU2[TAU2 <= 1])
 _SDS = np.geomspace(0.15, 2, 11)
 _UNLIKE = np.array([0.001, 0.01, 0.05])
+_LARGER = 2.0  # sd of the half of a normal distribution that those have
 _LIKELY = 1e-6  # priors of less than this probability are left out
+_SHAPES = np.geomspace(1e9, 1e-2, 10_000)
+_LOG_VARIANCES = np.log(polygamma(1, _SHAPES))
+
+
+def shape_of(variance: Float[ndarray, "*_"]) -> Float[ndarray, "*_"]:
+    """Return the shape of the gamma distribution whose logarithm has this variance: trigamma(shape)."""
+    return np.exp(np.interp(np.log(np.maximum(variance, 1e-300)), _LOG_VARIANCES, np.log(_SHAPES)))
+
+
+_ALPHA = 1 / shape_of(TAU2)  # squares of these gamma distributions' coefficients of variation
 
 
 def between_replicates(
@@ -53,10 +60,10 @@ def between_replicates(
     ratio of their rates is the fold change, the same in all pairs, but for the variance d_a + d_b. What the
     common rate, or fold change, takes up of the likelihood is adjusted for.
 
-    Over the genes log tau^2 has a normal distribution, but for a few genes that have any larger one (donors'
-    sex, immunoglobulins). Median and sd of the one and number of the others are averaged over, by how well
-    they foretell the counts of all genes. So genes that differ between donors alike have one variance, known
-    as well as all of them show it, and others each its own, as uncertain as few donors leave it.
+    Over the genes log tau^2 has a normal distribution, but for a few that have a larger one (what sexes
+    differ in, immunoglobulins). Median and sd of the one and number of the others are averaged over, by how
+    well they foretell the counts of all genes. So genes that differ between donors alike have one variance,
+    known as well as all of them show it, and others each its own, as uncertain as few donors leave it.
 
     Parameters
     ----------
@@ -94,8 +101,8 @@ def evidence(
     """
     from scipy.interpolate import CubicSpline  # takes long to import
 
-    single = one_on_each_side(a, b, stratum)[stratum]
-    pair_of = [_in_order(stratum, single & (arm.cells > 0)) for arm in (a, b)]
+    single = one_on_each_side(a, b, stratum)
+    pair_of = [_in_order(stratum, single[stratum] & (arm.cells > 0)) for arm in (a, b)]
     several = [
         _in_order(stratum, (n > 1)[stratum] & (arm.cells > 0))
         for arm, n in zip((a, b), _replicates_of(a, b, stratum), strict=True)
@@ -108,7 +115,7 @@ def evidence(
         for (x, l, d), mine in zip(counts, several, strict=True):
             if len(mine):
                 log.append(_of_side(x[mine], l[mine], d[mine], stratum[mine]))
-        if single.any():
+        if single.sum() > 1:
             pairs = [tuple(v[mine] for v in of) for of, mine in zip(counts, pair_of, strict=True)]
             log.append(_of_pairs(*pairs))
         parts.append(torch.stack(log).sum(0))
@@ -151,20 +158,20 @@ def _of_pairs(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, "genes 
     """Return the log likelihood of some of TAU2 that pairs with a common fold change have."""
     (xa, la, own_a), (xb, lb, own_b) = a, b
     x, offset = xa + xb, (la / lb).log()
-    level = (lb.sum() / la.sum()).log()
     far = torch.log(2 * x.sum(0) + 1)  # what half a count on the one side and all on the other are
-    lfc, found = level + torch.log((xa.sum(0) + 0.5) / (xb.sum(0) + 0.5)), []
+    least, most = -offset.max() - far, -offset.min() + far
+    one, other = ((count * l / (la + lb)).sum(0) for count, l in ((xa, lb), (xb, la)))
+    lfc, found = torch.log((one + 0.5) / (other + 0.5)), []  # (Mantel and Haenszel's, 1959)
     for alpha in _ALPHA[::_EVERY]:
         d = own_a + own_b + 2 * alpha
         for step in range(_STEPS + 1):
             p = torch.sigmoid(lfc + offset)
-            v = p * (1 - p) * d
-            precision = (-v).exp() / v  # next to 1 / v - 1, which makes the part's variance p (1 - p) v
+            precision = 1 / (p * (1 - p) * d)  # at p = 1/2 exactly that of two gamma distributions' ratio
             weight = 1 / (1 + (x - 1).clamp(min=0) / (precision + 1))
             information = (weight * x * p * (1 - p)).sum(0).clamp(min=_LEAST_INFORMATION)
             if step < _STEPS:
                 lfc = lfc + ((weight * (xa - x * p)).sum(0) / information).clamp(-1, 1)
-                lfc = lfc.clamp(level - far, level + far)
+                lfc = lfc.clamp(least, most)
         log = torch.lgamma(precision) - torch.lgamma(x + precision)
         for count, part in ((xa, p * precision), (xb, (1 - p) * precision)):
             log += torch.lgamma(count + part) - torch.lgamma(part)
@@ -187,7 +194,8 @@ def _priors() -> Float[Tensor, "values priors"]:
     """Return the distributions that log TAU2 may have over the genes, each of mass 1."""
     log = np.log(TAU2)[:, None, None, None]
     median, sd, unlike = np.meshgrid(_MEDIANS, _SDS, _UNLIKE, indexing="ij")
-    like, larger = np.exp(-0.5 * ((log - median) / sd) ** 2), (log >= median).astype(float)
+    like, larger = (np.exp(-0.5 * ((log - median) / s) ** 2) for s in (sd, _LARGER))
+    larger = larger * (log >= median)
     mass = (1 - unlike) * like / like.sum(0) + unlike * larger / larger.sum(0)
     return torch.from_numpy(mass.reshape(len(TAU2), -1))
 
@@ -214,12 +222,3 @@ def _in_order(stratum: Int[ndarray, "units"], chosen: Bool[ndarray, "units"]) ->
     """Return places of the chosen units, stratum by stratum."""
     places = np.flatnonzero(chosen)
     return places[np.argsort(stratum[places], kind="stable")]
-
-
-def fitted_share(xa: ndarray, la: ndarray, xb: ndarray, lb: ndarray) -> ndarray:
-    """Return the part of each stratum's counts that a has if the fold change is the same in all.
-
-    Counts x are (strata, genes), totals l (strata, 1). Source: Mantel and Haenszel, 1959.
-    """
-    one, other = ((x * l / np.maximum(la + lb, 1)).sum(0) for x, l in ((xa, lb), (xb, la)))
-    return la * one / np.maximum(la * one + lb * other, 1e-300)

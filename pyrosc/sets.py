@@ -16,7 +16,7 @@ from pyrosc.asking import counts_of
 from pyrosc.counts import Counts
 from pyrosc.differential import Number, check_numbers
 from pyrosc.groups import Comparison, comparisons
-from pyrosc.replicates import fitted_share, one_on_each_side
+from pyrosc.replicates import one_on_each_side
 from pyrosc.shrinkage import LFC, beyond, shrink
 from pyrosc.svi import Fit
 from pyrosc.variation import strata
@@ -258,7 +258,16 @@ def _pooled(
     """Return counts and totals of each stratum on either side, and what part of the counts is the group's."""
     pool = strata(pair.stratum)
     (xa, la), (xb, lb) = ((pool @ arm.x[:, genes], (pool @ arm.l)[:, None]) for arm in (pair.a, pair.b))
-    return (xa, la), (xb, lb), fitted_share(xa, la, xb, lb)
+    return (xa, la), (xb, lb), _fitted_share(xa, la, xb, lb)
+
+
+def _fitted_share(xa: ndarray, la: ndarray, xb: ndarray, lb: ndarray) -> ndarray:
+    """Return the part of each stratum's counts that a has if the fold change is the same in all.
+
+    Counts x are (strata, genes), totals l (strata, 1). Source: Mantel and Haenszel, 1959.
+    """
+    one, other = ((x * l / np.maximum(la + lb, 1)).sum(0) for x, l in ((xa, lb), (xb, la)))
+    return la * one / np.maximum(la * one + lb * other, 1e-300)
 
 
 def _of_cells(

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
+from scipy.special import digamma
 from torch import Tensor
 
-from pyrosc.replicates import TAU2, between_replicates
+from pyrosc.replicates import TAU2, between_replicates, shape_of
 from pyrosc.variation import Arm, dispersion, strata
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
@@ -30,7 +31,6 @@ _WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
 _LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
 _DENSITY = torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=_LEAST).exp()
-_NORMAL = 1e9  # degrees of freedom that make a normal distribution of Student's
 _BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
@@ -55,10 +55,13 @@ def likelihood(
     Poisson counts, skewed where they are few, and flat for a gene without counts: a normal approximation by
     the delta method is none of these, and where a small group meets a rare gene its errors all point one way.
 
-    tau^2 is uncertain, and where genes differ in it a gene's own may be much larger than it seems. With the
-    mean m and the variance s^2 that 1 / Var U has over what tau^2 may be, the likelihood is that of Student's
-    t with nu = 2 m^2 / s^2 degrees of freedom, (1 - 2 q / nu)^(-(nu + 1) / 2), and the tau^2 of q makes Var U
-    1 / m at t = 0: as it is exactly where 1 / Var U has a gamma distribution.
+    Where replicates are compared, t is known about as well at one value as at another, in logarithms, and
+    the second term of Var U is taken times the mean information between t and the likeliest t over I.
+
+    tau^2 is uncertain, and where genes differ in it a gene's own may be much larger than it seems. What it
+    may be gives the log of 1 / Var U, at t = 0, a mean and a variance. The gamma distribution that has these,
+    of shape nu / 2, makes the likelihood that of Student's t, (1 - 2 q / nu)^(-(nu + 1) / 2), in which tau^2
+    is such that 1 / Var U is its mean.
 
     Replicates that are compared with themselves differ by less than those compared with others. Either kind
     has a tau^2 and a likelihood of its own, and these are multiplied.
@@ -121,13 +124,31 @@ def _log_likelihood(
     curves = torch.zeros(x.shape[1], len(LFC), dtype=torch.float64)
     for (x_g, spread, x_a), log in zip(blocks, curves.split(_BLOCK), strict=True):
         information = x_g @ pq
-        variance = (spread @ pq2).add_(information).clamp_(min=1e-300)
-        slope = (x_a - x_g @ p).mul_(information).div_(variance)
+        score, over = x_a - x_g @ p, spread @ pq2
+        if variances is not None:
+            over *= _on_log_scale(score, information)
+        slope = score.mul_(information).div_(over.add_(information).clamp_(min=1e-300))
         torch.cumsum(slope[:, 1:].add(slope[:, :-1]), 1, out=log[:, 1:])
         log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2)
     if variances is not None:
         curves.mul_(-2 / nu).log1p_().mul_(-(nu + 1) / 2)
     return curves
+
+
+def _on_log_scale(
+    score: Float[Tensor, "genes points"], information: Float[Tensor, "genes points"]
+) -> Float[Tensor, "genes points"]:
+    """Return the mean information between each point and the likeliest, over the point's own.
+
+    The likeliest is where the score is 0; or half a count, where a side has none.
+    """
+    bound = 0.5 * (score > 0).all(1, keepdim=True).double() - 0.5 * (score <= 0).all(1, keepdim=True).double()
+    after = (score > bound).sum(1, keepdim=True).clamp(1, len(LFC) - 1)
+    above, below = score.gather(1, after - 1) - bound, score.gather(1, after) - bound
+    likeliest = after - below / (below - above).clamp(max=-1e-300)
+    away = (likeliest - torch.arange(len(LFC))) * (_STEP * np.log(2))
+    ratio = score / (away * information)
+    return torch.where(away.abs() < 2 * _STEP, 1.0, ratio.nan_to_num(1.0)).clamp_(0, 1e6)
 
 
 def _student(
@@ -137,14 +158,15 @@ def _student(
     between: Float[ndarray, "strata 1"],
     variances: Float[ndarray, "genes values"],
 ) -> tuple[Float[ndarray, "genes"], Float[Tensor, "genes 1"]]:
-    """Return tau^2 and nu of :func:`likelihood`; nu between 1 and so many that it makes no difference."""
+    """Return tau^2 and nu of :func:`likelihood`; nu is at least 1."""
     information = x * p * (1 - p)
     known, slope = (information + information**2 * extra).sum(0), (information**2 * between).sum(0)
-    precision = 1 / np.maximum(known[:, None] + slope[:, None] * TAU2, 1e-100)
-    mean = (variances * precision).sum(1)
-    relative = (variances * (precision / mean[:, None] - 1) ** 2).sum(1)
-    tau2 = np.maximum(1 / mean - known, 0) / np.maximum(slope, 1e-100)
-    return tau2, torch.from_numpy(2 / np.clip(relative, 2 / _NORMAL, 2))[:, None]
+    log = -np.log(np.maximum(known[:, None] + slope[:, None] * TAU2, 1e-100))
+    mean = (variances * log).sum(1)
+    shape = np.maximum(shape_of((variances * (log - mean[:, None]) ** 2).sum(1)), 0.5)
+    precision = shape * np.exp(mean - digamma(shape))
+    tau2 = np.maximum(1 / precision - known, 0) / np.maximum(slope, 1e-100)
+    return tau2, torch.from_numpy(2 * shape)[:, None]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import scipy.sparse as sp
 import torch
 from scipy import optimize, special, stats
 
-from pyrosc import differential_expression, fit_svi, from_anndata
+from pyrosc import differential_expression, fit_svi, from_anndata, replicates
 from pyrosc.groups import comparable, comparisons
 from pyrosc.replicates import TAU2, _posterior, _priors, between_replicates, evidence
-from pyrosc.shrinkage import LFC, _student, likelihood, shrink
+from pyrosc.shrinkage import LFC, _log_likelihood, _student, likelihood, shrink
 from pyrosc.variation import Arm, dispersion, sums
 
 
@@ -67,6 +67,13 @@ def poisson_arms(seed, n, tau, *, paired, genes=3000, mean=10.0, unequal=False):
     return arms_of(rng.poisson(mu).astype(np.float32), np.arange(2 * n) % 2, donor)
 
 
+def arm_of_one_gene(x, l, cells=30):
+    """Sums over units of so many cells alike, of which a gene has x counts."""
+    x, l = np.array(x, float), np.array(l, float)
+    column = x[:, None]
+    return Arm(np.where(l > 0, cells, 0.0), column, l, l**2 / cells, column, column, column)
+
+
 def adjusted(log_likelihood, information, start):
     """Largest log likelihood of a common rate or fold change, less half the log of what is known of it."""
     best = optimize.minimize_scalar(lambda at: -log_likelihood(at), bracket=(start - 0.5, start + 0.5))
@@ -76,16 +83,9 @@ def adjusted(log_likelihood, information, start):
 @pytest.mark.parametrize("tau2", [0.01, 0.3, 3.0])
 def test_evidence_of_one_side_is_the_negative_binomials(tau2):
     """Two strata of one side and another side that says nothing: by scipy and a search for the rate."""
-    x, l, stratum = (
-        np.array([12, 3, 40, 0, 9, 5]),
-        np.array([900, 700, 1500, 400, 600, 800]),
-        [0, 0, 0, 0, 1, 1],
-    )
-    ll, phi = l**2 / 30, 0.7
-    one = Arm(
-        *(np.array(v, float) for v in (np.full(6, 30), x[:, None], l, ll, x[:, None], x[:, None], x[:, None]))
-    )
-    zero = Arm(*(0 * v for v in vars(one).values()))
+    x, l = np.array([12, 3, 40, 0, 9, 5]), np.array([900, 700, 1500, 400, 600, 800])
+    stratum, phi = [0, 0, 0, 0, 1, 1], 0.7
+    one, zero = arm_of_one_gene(x, l), arm_of_one_gene(0 * x, 0 * l)
     found = evidence(one, zero, np.array(stratum), [np.array([phi]), np.array([0.0])])[0]
     alpha = 1 / optimize.brentq(lambda k: special.polygamma(1, k) - tau2, 1e-3, 1e5)
     d, expected = alpha + phi / 30, []
@@ -112,35 +112,68 @@ def test_evidence_of_one_side_is_the_negative_binomials(tau2):
 
 @pytest.mark.parametrize("tau2", [0.01, 0.3])
 def test_evidence_of_pairs_is_the_beta_binomials(tau2):
-    """By scipy, and a search for the fold change by the same estimating equation."""
-    xa, xb = np.array([12, 3, 40, 7, 9]), np.array([5, 4, 11, 6, 2])
-    l = np.full(5, 1000.0)
-    arms = [
-        Arm(*(np.array(v, float) for v in (l, x[:, None], l, 0 * l, x[:, None], x[:, None], x[:, None])))
-        for x in (xa, xb)
-    ]
-    found = evidence(*arms, np.arange(5), [np.zeros(1)] * 2)[0]
+    """Totals and dispersions unlike; by scipy, and a search for the fold change by the same equation."""
+    xa, xb, phi = np.array([12, 3, 40, 7, 9]), np.array([5, 4, 31, 6, 2]), [0.5, 3.0]
+    la, lb = np.array([2000, 500, 900, 1000, 3000]), np.array([700, 800, 1200, 2500, 600])
+    one, zero = arm_of_one_gene(xa, la), arm_of_one_gene(xb, lb)
+    found = evidence(one, zero, np.arange(5), [np.array([f]) for f in phi])[0]
     x, expected = xa + xb, []
     for value in (tau2, TAU2[0]):
-        d = 2 / optimize.brentq(lambda k, v=value: special.polygamma(1, k) - v, 1e-3, 1e5)
+        d = 2 / optimize.brentq(lambda k, v=value: special.polygamma(1, k) - v, 1e-3, 1e5) + sum(phi) / 30
 
         def parts(lfc, d=d):
-            p = special.expit(lfc)
-            v = p * (1 - p) * d
-            precision = np.exp(-v) / v
-            weight = 1 / (1 + np.maximum(x - 1, 0) / (precision + 1))
-            return p, precision, weight
+            p = special.expit(lfc + np.log(la / lb))
+            precision = 1 / (p * (1 - p) * d)
+            return p, precision, 1 / (1 + np.maximum(x - 1, 0) / (precision + 1))
 
         def score(lfc, parts=parts):
             p, _, weight = parts(lfc)
             return (weight * (xa - x * p)).sum()
 
-        lfc = optimize.brentq(score, -5, 5)
-        p, precision, weight = parts(lfc)
+        p, precision, weight = parts(optimize.brentq(score, -5, 5))
         log = stats.betabinom.logpmf(xa, x, p * precision, (1 - p) * precision).sum()
         expected.append(log - 0.5 * np.log((weight * x * p * (1 - p)).sum()))
     value = np.interp(np.log(tau2), np.log(TAU2), found)
     assert float(value - found[0]) == pytest.approx(expected[0] - expected[1], abs=0.01)
+
+
+def test_donors_of_a_batch_are_pairs_whatever_their_order():
+    """Three batches, a donor of either side in each; on one side listed from the last."""
+    x, l = np.array([12, 3, 40, 6, 9, 22]), np.full(6, 1000.0)
+    on = np.arange(6) < 3
+    one, zero = (arm_of_one_gene(x * side, l * side) for side in (on, ~on))
+    stratum, alike = np.array([0, 1, 2, 2, 1, 0]), np.arange(3)
+    paired = [arm_of_one_gene(v, l[:3]) for v in (x[:3], x[:2:-1])]
+    phi = [np.array([0.5])] * 2
+    np.testing.assert_allclose(evidence(one, zero, stratum, phi), evidence(*paired, alike, phi))
+
+
+def test_a_single_pair_beside_others_shows_nothing():
+    on = np.array([1, 1, 0, 0, 1, 0])
+    x, l = np.array([12, 3, 40, 6, 9, 22]), np.full(6, 1000.0)
+    one, zero = (arm_of_one_gene(x * side, l * side) for side in (on, 1 - on))
+    phi = [np.array([0.5])] * 2
+    four = np.arange(4)
+    without = evidence(one[four], zero[four], np.zeros(4, int), phi)
+    np.testing.assert_allclose(evidence(one, zero, np.array([0, 0, 0, 0, 1, 1]), phi), without)
+
+
+def test_the_fold_change_of_pairs_is_found_where_pooled_counts_mislead():
+    """Donors have most cells on opposite sides, two of them 1e4 times more of the gene."""
+    one = arm_of_one_gene([50_000, 52_000, 0, 1, 4], [1e6, 1e6, 2e4, 2e4, 1e6])
+    zero = arm_of_one_gene([1000, 950, 5, 4, 5], [2e4, 2e4, 1e6, 1e6, 1e6])
+    arms = one, zero, np.arange(5), [np.zeros(1)] * 2
+    found = evidence(*arms)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicates, "_STEPS", 40)
+        np.testing.assert_allclose(found, evidence(*arms), atol=0.1)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_cells_of_any_dispersion_can_be_compared(paired):
+    one, zero = (arm_of_one_gene([60, 3, 0, 2], l, cells=1) for l in ([9e3, 10, 8e3, 20], [10, 9e3, 20, 8e3]))
+    stratum = np.arange(4) if paired else np.zeros(4, int)
+    assert evidence(one, zero, stratum, [np.array([1e5])] * 2).isfinite().all()
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -242,7 +275,7 @@ def test_student_of_an_inverse_gamma_variance_is_the_exact_one():
     np.testing.assert_allclose(tau2, 0.1, rtol=0.01)
 
 
-def test_student_has_the_mean_and_the_variance_of_the_precision():
+def test_student_has_the_mean_and_the_variance_of_the_log_precision():
     """Two strata, and two values of tau^2: 1 / Var U by hand."""
     variances = np.zeros((1, len(TAU2)))
     variances[0, [60, 80]] = 0.5
@@ -254,9 +287,12 @@ def test_student_has_the_mean_and_the_variance_of_the_precision():
     def precision(value):
         return 1 / (information + information**2 * (extra[:, 0] + value * between[:, 0])).sum()
 
-    both = np.array([precision(TAU2[60]), precision(TAU2[80])])
-    np.testing.assert_allclose(precision(tau2[0]), both.mean())
-    np.testing.assert_allclose(float(nu), 2 * both.mean() ** 2 / both.var())
+    log = np.log([precision(TAU2[60]), precision(TAU2[80])])
+    shape = float(nu) / 2
+    np.testing.assert_allclose(special.polygamma(1, shape), log.var(), rtol=1e-4)
+    np.testing.assert_allclose(
+        special.digamma(shape) + np.log(precision(tau2[0]) / shape), log.mean(), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.35])
@@ -524,3 +560,24 @@ def test_genes_of_which_donors_differ_more_than_others_have_longer_tails(paired)
         below = (curves / curves.sum(1, keepdims=True) * (lfc[:, None] >= LFC)).sum(1)
         inside.append((below > 0.005) & (below < 0.995))
     assert 0.98 < np.mean(inside) < 0.999
+
+
+@pytest.mark.parametrize("lfc", [0.5, 3.0, 6.0])
+def test_between_donors_the_likelihood_is_normal_in_the_logarithm(lfc):
+    """Of counts so large that donors are all there is: (t - lfc)^2, however far from the likeliest t."""
+    one, zero = arm_of_one_gene([2.0**lfc * 1e7], [1e9]), arm_of_one_gene([1e7], [1e9])
+    known = np.zeros((1, len(TAU2)))
+    known[0, 60] = 1.0
+    log = _log_likelihood(one, zero, np.zeros(1, int), [np.zeros(1)] * 2, known)[0].numpy()
+    normal = -(((LFC - lfc) * np.log(2)) ** 2) / (4 * TAU2[60])
+    near = np.abs(LFC) < 6
+    np.testing.assert_allclose(log[near], normal[near], rtol=0.02, atol=0.01)
+
+
+def test_a_large_change_is_found_though_donors_differ_much():
+    """Eight donors a side differ by .2 in most genes; by .5 in one, which changes 64-fold."""
+    tau, lfc = np.r_[0.5, np.full(799, 0.2)], np.r_[6.0, np.repeat([1.5, -1.5, 0.0], [20, 20, 759])]
+    x, side, donor, _ = donors(0, 16, tau, genes=800, equal=True, lfc=lfc, mean=3.0)
+    table = asked(x, side, donor).set_index("gene").loc["0"]
+    assert table.is_de
+    assert table.lfc_lower > 3
