@@ -177,9 +177,16 @@ def comparisons(
     """Return the comparisons that a question asks for, one after the other; see `differential_expression`."""
     codes, names = groups_of(data, groupby)
     units = units_of(fit, data, replicate_key, batch)
-    codes = np.where(units.of_cell < 0, -1, codes)
-    pairs = pairs_of(codes, names, group, reference)
-    return compared(data, codes, names, pairs, units, batch)
+    known = np.where(units.of_cell < 0, -1, codes)
+    try:
+        pairs = pairs_of(known, names, group, reference)
+    except ValueError as error:
+        without = [name for code, name in enumerate(names) if code in codes and code not in known]
+        if without:
+            msg = f"{error.args[0]}; no cell of {', '.join(without)} has a value of replicate_key"
+            raise ValueError(msg) from error
+        raise
+    return compared(data, known, names, pairs, units, batch)
 
 
 def compared(
@@ -196,9 +203,9 @@ def compared(
     """
     arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
     for a, b in pairs:
-        arm, other = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
-        use, stratum = comparable(arm, other, units.batch, batch, data.schema.batches, names[a])
-        arm, other = arm[use], other[use]
+        whole = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
+        use, stratum = comparable(*whole, units.batch, batch, data.schema.batches, names[a])
+        arm, other = (each[use] for each in whole)
         within = _within(arm, other, None if units.replicate is None else units.replicate[use])
         if within.any() and not (
             within.all() or shows_variance(arm[~within], other[~within], stratum[~within])
@@ -215,10 +222,14 @@ def compared(
         if units.replicate is not None:
             n = count_replicates(arm, other, units.replicate[use])
             if min(n) < 2:
+                others = min(count_replicates(*whole, units.replicate)) > 1
+                left = (
+                    "; others are in batches of one side only: batch=None ignores batches" if others else ""
+                )
                 warnings.warn(
-                    f"group {names[a]!r} has cells of {n[0]} replicates and its reference of {n[1]}: how far "
-                    "replicates differ is seen with two of each at least; fold changes and intervals are "
-                    "about these replicates only, and nothing is called",
+                    f"group {names[a]!r} has cells of {n[0]} replicates and its reference of {n[1]} to "
+                    f"compare{left}: how far replicates differ is seen with two of each at least; fold changes "
+                    "and intervals are about these replicates only, and nothing is called",
                     stacklevel=3,
                 )
         yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)

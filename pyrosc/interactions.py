@@ -1,5 +1,6 @@
 """Contrasts of contrasts: what a condition does to one type of cell, less what it does to another."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def interaction(
     by
         Column of ``obs``, or one value for each cell, such as ``"cell_type"``.
     level
-        A, or several of them; all but the baseline by default.
+        A, or several of them; all but the baseline by default, and but those with fewer than two cells of
+        either group, of which there is a warning.
     baseline
         B.
 
@@ -107,13 +109,19 @@ def interaction(
     compared_units = np.where(here, units.of_cell, -1)
     crossed_names = [f"{names[g]}, {one}" for one in levels for g in (a, b)]
     base = levels.index(baseline)
+    if level is None:
+        n = np.bincount(crossed[crossed >= 0], minlength=len(crossed_names)).reshape(-1, 2).min(1)
+        few = [name for name in asked if n[levels.index(name)] < 2]
+        if 0 < len(few) < len(asked):
+            what = "fewer than two cells of either group"
+            warnings.warn(f"levels with {what} are left out: {', '.join(few)}", stacklevel=2)
+            asked = [name for name in asked if name not in few]
     at = [levels.index(name) for name in asked]
     within = [(2 * i, 2 * i + 1) for i in (base, *at)]
-    each = compared(data, crossed, crossed_names, within, units, batch)
-    of_baseline = next(each)
+    of_baseline, *of_levels = compared(data, crossed, crossed_names, within, units, batch)
     lfc_baseline = shrink(of_baseline.likelihood).mean
     tables = []
-    for name, i, of_level in zip(asked, at, each, strict=True):
+    for name, i, of_level in zip(asked, at, of_levels, strict=True):
         parts = [of_level, of_baseline]
         if _paired(compared_units, kind, (i, base)) > _paired(compared_units, codes, (a, b)):
             across = [(2 * i + side, 2 * base + side) for side in (0, 1)]

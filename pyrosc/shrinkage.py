@@ -4,6 +4,7 @@ It knows sums of counts, not models. Each of the three is a curve over :data:`LF
 Curves of all genes are worked on in torch: numpy's threads and torch's, taking turns, wait for each other.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
@@ -262,6 +263,12 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
         mode = _mode(curves, weights)
         if mode == before:
             break
+    if abs(mode) == _MODES:
+        warnings.warn(
+            f"what most genes' fold changes have in common is not within +-{_MODES * _STEP:.0f}: a few genes "
+            "have most counts of one side, and all others seem to change; leave such genes out",
+            stacklevel=2,
+        )
     prior, common = weights @ _components(0), round(float(mode * _STEP), 3)
     mass = torch.from_numpy(beyond(likelihood, common)) * prior
     mass /= mass.sum(1, keepdim=True)

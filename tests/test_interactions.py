@@ -223,6 +223,16 @@ def test_a_level_without_both_groups_is_refused(small):
         interaction(fit, adata, **QUESTION | {"by": kind})
 
 
+def test_by_default_levels_of_too_few_cells_are_left_out_with_a_warning(small):
+    adata, fit = small
+    kind = adata.obs.cell_type.astype(str).to_numpy(copy=True)
+    kind[np.flatnonzero((kind == "B") & (adata.obs.condition == "ctrl"))[:1]] = "rare"
+    told = {"groupby": "condition", "group": "stim", "reference": "ctrl", "by": kind, "baseline": "T"}
+    with pytest.warns(UserWarning, match="fewer than two cells of either group are left out: rare"):
+        table = interaction(fit, adata, **told)
+    pd.testing.assert_frame_equal(table, interaction(fit, adata, **told, level="B"))
+
+
 def test_what_the_types_of_a_donor_have_in_common_cancels():
     """Three donors of either condition, whose effects both their types share."""
     found, false, inside = 0, 0, []

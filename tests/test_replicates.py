@@ -499,6 +499,20 @@ def test_a_single_donor_on_a_side_is_warned_of():
         asked(x, side, donor)
 
 
+def test_donors_whose_batch_has_one_side_only_are_named_as_the_reason():
+    x, side, donor, _ = donors(3, 6, 0.2)
+    batch = np.where(donor < 2, 0, 1 + donor % 2)
+    with pytest.warns(UserWarning, match="others are in batches of one side only: batch=None"):
+        asked(x, side, donor, batches=batch)
+
+
+def test_a_group_without_any_donor_is_named():
+    x, side, donor, _ = donors(3, 6, 0.2)
+    names = pd.Series([f"d{i}" for i in donor]).where(side == 0, None).to_numpy()
+    with pytest.raises(ValueError, match="'case' has 0 cells.*no cell of case has a value of replicate_key"):
+        asked(x, side, donor, replicate_key=names)
+
+
 @pytest.mark.filterwarnings("ignore:group 'case' has cells of 1 replicates")
 @pytest.mark.parametrize("on_both", [False, True])
 def test_of_a_single_donor_on_a_side_nothing_is_called(on_both):

@@ -248,3 +248,9 @@ def test_a_small_group_of_sparse_cells_has_no_calls_where_nothing_differs(depth)
         calls += (np.maximum(posterior.above(0.25), posterior.below(-0.25)) > 0.95).sum()
         assert np.abs(np.median(posterior.mean)) < 0.1
     assert calls <= 1  # of 1500 genes
+
+
+def test_a_common_fold_change_out_of_reach_is_warned_of():
+    curves = np.exp(-0.5 * ((LFC - 7) / 0.1) ** 2) * np.ones((30, 1))
+    with pytest.warns(UserWarning, match=r"not within \+-5"):
+        shrink(curves)
