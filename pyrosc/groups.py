@@ -228,8 +228,8 @@ def compared(
                 )
                 warnings.warn(
                     f"group {names[a]!r} has cells of {n[0]} replicates and its reference of {n[1]} to "
-                    f"compare{left}: how far replicates differ is seen with two of each at least; fold changes "
-                    "and intervals are about these replicates only, and nothing is called",
+                    f"compare{left}: how far replicates differ is seen with two of each at least; fold "
+                    "changes and intervals are about these replicates only, and nothing is called",
                     stacklevel=3,
                 )
         yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)

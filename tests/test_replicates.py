@@ -509,7 +509,7 @@ def test_donors_whose_batch_has_one_side_only_are_named_as_the_reason():
 def test_a_group_without_any_donor_is_named():
     x, side, donor, _ = donors(3, 6, 0.2)
     names = pd.Series([f"d{i}" for i in donor]).where(side == 0, None).to_numpy()
-    with pytest.raises(ValueError, match="'case' has 0 cells.*no cell of case has a value of replicate_key"):
+    with pytest.raises(ValueError, match=r"'case' has 0 cells.*no cell of case has a value of replicate_key"):
         asked(x, side, donor, replicate_key=names)
 
 
