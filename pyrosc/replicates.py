@@ -24,7 +24,7 @@ _GENES = 512  # at a time, so that little is held
 _STEPS = 3  # towards the common rate, or fold change, that fits best for a tau^2
 _LEAST_INFORMATION = 1e-3  # about a log fold change, which of next to no counts is nothing
 # Of log TAU2, the priors that genes may have: normal, with one of these medians and sds, but for a share of
-# the genes, which have any larger variance.
+# the genes, whose variance is larger than the median.
 _MEDIANS = np.log(TAU2[TAU2 <= 1])
 _SDS = np.geomspace(0.15, 2, 11)
 _UNLIKE = np.array([0.001, 0.01, 0.05])

@@ -1,27 +1,16 @@
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
+from arms import arms_of, negative_binomial
 from scipy import stats
 
-from pyrosc import shrinkage, variation
+from pyrosc import shrinkage
 from pyrosc.shrinkage import LFC, Posterior, likelihood, shrink
-from pyrosc.variation import Arm, sums
-
-
-def arms_of(x, group, batch=None):
-    """Sums over the cells of group 1 and of group 0."""
-    batch = np.zeros(len(x), int) if batch is None else batch
-    zero, one = sums(sp.csr_array(x.astype(np.float32)), group, 2, batch, int(batch.max()) + 1)
-    return one, zero
+from pyrosc.variation import Arm
 
 
 def normal_curves(r, se):
     return np.exp(-0.5 * ((LFC - r[:, None]) / np.asarray(se)[:, None]) ** 2)
-
-
-def negative_binomial(rng, mean, theta=3.0):
-    return rng.poisson(rng.gamma(theta, mean / theta))
 
 
 def one_gene(x, l, other):
@@ -127,16 +116,6 @@ def test_components_are_those_of_their_mode():
     mode = -5 * (LFC[1] - LFC[0])
     wanted = np.exp(-0.5 * ((LFC - mode) / 0.4) ** 2)
     np.testing.assert_allclose(shrinkage._components(-5)[3], wanted / wanted.sum(), atol=1e-12)
-
-
-def test_sums_do_not_depend_on_how_many_cells_are_taken_at_a_time(monkeypatch):
-    rng = np.random.default_rng(0)
-    x, codes, batch = sp.csr_array(rng.poisson(0.4, (50, 6))), rng.integers(-1, 3, 50), rng.integers(0, 2, 50)
-    once = sums(x, codes, 3, batch, 2)
-    monkeypatch.setattr(variation, "_CELLS", 7)
-    for a, b in zip(once, sums(x, codes, 3, batch, 2), strict=True):
-        for name, value in vars(a).items():
-            np.testing.assert_array_equal(vars(b)[name], value)
 
 
 def test_verbs_of_a_normal_posterior():

@@ -3,20 +3,10 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from arms import arms_of, negative_binomial
 
+from pyrosc import variation
 from pyrosc.variation import dispersion, sums
-
-
-def arms_of(x, group, batch=None):
-    """Sums over the cells of group 1 and of group 0."""
-    batch = np.zeros(len(x), int) if batch is None else batch
-    zero, one = sums(sp.csr_array(x.astype(np.float32)), group, 2, batch, int(batch.max()) + 1)
-    return one, zero
-
-
-def negative_binomial(rng, mean, theta=3.0):
-    return rng.poisson(rng.gamma(theta, mean / theta))
-
 
 # --- sums
 
@@ -38,6 +28,16 @@ def test_sums_are_those_of_the_cells_of_each_group_and_batch():
             np.testing.assert_array_equal(arms[g].expressing[b], (x[at] > 0).sum(0))
     assert (arms[0] + arms[1]).n == (group >= 0).sum()
     assert arms[0][np.array([1])].n == arms[0].cells[1]
+
+
+def test_sums_do_not_depend_on_how_many_cells_are_taken_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, codes, batch = sp.csr_array(rng.poisson(0.4, (50, 6))), rng.integers(-1, 3, 50), rng.integers(0, 2, 50)
+    once = sums(x, codes, 3, batch, 2)
+    monkeypatch.setattr(variation, "_CELLS", 7)
+    for a, b in zip(once, sums(x, codes, 3, batch, 2), strict=True):
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(vars(b)[name], value)
 
 
 # --- dispersion
