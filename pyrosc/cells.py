@@ -42,7 +42,7 @@ class Cells:
     continuous: Float[Tensor, "cells continuous"]
     proteins: Float[Tensor, "cells proteins"]
 
-    @property
+    @cached_property
     def library(self) -> Float[Tensor, "cells 1"]:
         """Observed total of each cell, in counts, over the genes of the fit."""
         return self.x.sum(-1, keepdim=True)
@@ -67,6 +67,7 @@ class Resident:
     stop: Int[Tensor, "n"]
     gene: Int[Tensor, "..."]
     count: Float[Tensor, "..."]
+    total: Float[Tensor, "n"]
     n_genes: int
     batch: Int[Tensor, "n"]
     labels: Int[Tensor, "n"]
@@ -87,7 +88,7 @@ class Resident:
         n_total : int, optional
             Size of the data set that the minibatch stands for; all rows by default.
         """
-        return Cells(
+        cells = Cells(
             x=self._dense(rows),
             index=rows,
             n_total=len(self) if n_total is None else n_total,
@@ -97,10 +98,12 @@ class Resident:
             continuous=self.continuous[rows],
             proteins=self.proteins[rows],
         )
+        vars(cells)["library"] = self.total[rows, None]  # known, so that it need not be summed
+        return cells
 
     def take(self, rows: Int[Tensor, "m"]) -> "Resident":
         """Return some of the cells; their entries are shared, not copied."""
-        per_cell = ("start", "stop", "batch", "labels", "categorical", "continuous", "proteins")
+        per_cell = ("start", "stop", "total", "batch", "labels", "categorical", "continuous", "proteins")
         return replace(self, **{name: getattr(self, name)[rows] for name in per_cell})
 
     @cached_property

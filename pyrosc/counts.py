@@ -148,6 +148,7 @@ class Counts:
             stop=start[1:],
             gene=to(self.x.indices, torch.int32),
             count=to(self.x.data, torch.float32),
+            total=to(self.library, torch.float32),
             n_genes=self.n_genes,
             batch=to(self.batch, torch.int64),
             labels=to(self.labels, torch.int64),

@@ -57,7 +57,8 @@ def _fuse(graph: fx.Graph, density: Any) -> None:
     of_mean = _other_factor(of_shares, library)
     weight = _column(_other_factor(of_mean, result.get(1)))
     _only([*result[1].users, *of_shares.users] == [of_mean, of_logits] and of_logits.args[1] is shares)
-    replaced, between = {of_logits: logits}, {mean, of_logits}
+    replaced: dict[Any, Any] = {}
+    between = {mean, of_logits}
     of_theta = of_library = None
     if theta is not None and 2 in result:  # a sum over rows
         of_theta = _user(result[2])
@@ -68,7 +69,6 @@ def _fuse(graph: fx.Graph, density: Any) -> None:
         _only(3 in result)
         of_gate = _user(result[3])
         _only(_column(_other_factor(of_gate, result[3])) is weight)
-        replaced[of_gate] = gate
     if len(of_mean.users) > 1:  # the library size is latent
         (product, *others) = set(of_mean.users) - {of_shares}
         of_library = _user(product)
@@ -77,13 +77,20 @@ def _fuse(graph: fx.Graph, density: Any) -> None:
         between.add(product)
     _only(set(shares.users) == between)
 
+    of_bias, of_gate_bias = _sum_over_rows(of_logits), None if gate is None else _sum_over_rows(of_gate)
     _put_before(graph, density, weight)
     with graph.inserting_before(density):
-        arguments = (logits, gate, library, x, theta, weight)
+        product, bias = _parts(graph, logits)
+        gate_product, gate_bias = (None, None) if gate is None else _parts(graph, gate)
+        arguments = (product, bias, gate_product, gate_bias, library, x, theta, weight)
         loop = graph.call_function(torch.ops.pyrosc.shares_log_density.default, arguments)
-        for i, old in enumerate((result.get(0), of_theta, of_library)):
+        slopes = (of_bias if bias else None, of_gate_bias if gate_bias else None, of_theta, of_library)
+        for i, old in enumerate((result.get(0), *slopes)):
             if old is not None:
                 replaced[old] = graph.call_function(getitem, (loop, i))
+    replaced[of_logits] = product
+    if gate is not None:
+        replaced[of_gate] = gate_product
     for old, new in replaced.items():
         old.replace_all_uses_with(new)
 
@@ -128,6 +135,23 @@ def _is_room(node: Any, user: Any) -> bool:
     made = node.args[0] if node.target in (_aten.add.Tensor, _aten._to_copy.default) else node
     is_map = isinstance(made, fx.Node) and made.target in (_aten.addmm.default, _aten.mm.default)
     return is_map and list(node.users) == [user] and list(made.users) in ([node], [user])
+
+
+def _parts(graph: fx.Graph, node: Any) -> tuple[Any, Any]:
+    """Return a linear map without its offset, and the offset; None if that isn't a number of each column."""
+    width = _shape(node)[1:]
+    if node.target == _aten.addmm.default and _shape(node.args[0]) == width and not node.kwargs:
+        return graph.call_function(_aten.mm.default, node.args[1:]), node.args[0]
+    is_sum = node.target == _aten.add.Tensor and _shape(node.args[0]) == _shape(node) and not node.kwargs
+    if is_sum and _shape(node.args[1]) == width:
+        return node.args
+    return node, None
+
+
+def _sum_over_rows(node: Any) -> Any:
+    """Return the operation that sums it over rows, if there is one."""
+    sums = (user for user in node.users if user.target == _aten.sum.dim_IntList)
+    return next((user for user in sums if user.args[1:] == ([0], True)), None)
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _ALONE = 1 << 15  # entries below which waking another thread costs more than it saves
 _EXACT = 16  # counts up to this have their rising factorial multiplied out
-_LARGEST_FACTOR = 1e18  # of those: their product stays finite
+_LARGEST_FACTOR = 1e9  # of those, and the inverse of their smallest: products stay finite, and above 0
 _DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
 _SHARES = 4  # of the rows, for each thread
 _BLOCK = 16  # rows whose slopes in theta are summed one after the other
+_PARTS = 8  # of a minibatch, whose entries are listed one after the other
 _WIDE = 512  # entries summed in float32 before the sum goes on in float64
 
 # Sums may be reordered, so that they run in the processor's vectors; NaN and infinity keep their meaning.
@@ -36,7 +38,6 @@ _in_parallel = numba.njit(parallel=True, cache=True, error_model="numpy")
 _inlined = numba.njit(inline="always")
 
 _LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(1024)])
-_LOG1P = np.log1p(np.arange(1024)).astype(np.float32)
 _LARGEST, _LARGEST64 = np.float32(3e38), 1e308
 _STEEPEST = 1e30
 _FAR_OUT = np.float32(1e-30)  # probabilities of a zero below which float32 has too few digits
@@ -48,55 +49,35 @@ _F = np.float32
 
 @_inlined
 @no_type_check
-def _log_parts(u: float, less_one: float) -> tuple[float, float, float, float]:
-    """Return (e, f, s, q) with log u = e log 2 + s (2 + q), for a normal float64 u > 0.
+def _split(u: float, less_one: float) -> tuple[float, float]:
+    """Return (e, f) with u = 2^e (1 + f), f in [-0.3, 0.42), for a normal float64 u > 0.
 
-    f is u / 2^e - 1, in [-0.3, 0.42), and s is f / (2 + f). Where e = 0, f is `less_one`: u - 1 without
-    the rounding that u has, so that logs near 0 keep their digits.
+    Where e = 0, f is `less_one`: u - 1 without the rounding that u has, so that logs near 0 keep digits.
     """
     bits = np.float64(u).view(np.int64)
     e = (bits - np.int64(0x3FE6A09E667F3BCD)) >> np.int64(52)
     mantissa = np.int64(bits - (e << np.int64(52))).view(np.float64)
-    f = less_one if e == 0 else mantissa - 1.0
-    s = f / (2.0 + f)
+    return np.float64(e), less_one if e == 0 else mantissa - 1.0
+
+
+@_inlined
+@no_type_check
+def _log_rest(s: float) -> float:
+    """Return q with log(1 + f) = s (2 + q), for s = f / (2 + f)."""
     z = s * s
-    q = 2.0 / 17
-    q = q * z + 2.0 / 15
-    q = q * z + 2.0 / 13
-    q = q * z + 2.0 / 11
-    q = q * z + 2.0 / 9
-    q = q * z + 2.0 / 7
-    q = q * z + 2.0 / 5
-    q = q * z + 2.0 / 3
-    return np.float64(e), f, s, q * z
+    z2 = z * z
+    low = 2.0 / 3 + z * (2.0 / 5) + z2 * (2.0 / 7 + z * (2.0 / 9))
+    high = 2.0 / 11 + z * (2.0 / 13) + z2 * (2.0 / 15 + z * (2.0 / 17))
+    return z * (low + z2 * z2 * high)
 
 
 @_inlined
 @no_type_check
 def _log(u: float) -> float:
-    e, _, s, q = _log_parts(u, u - 1.0)
-    log = e * _LN2 + s * (2.0 + q)
+    e, f = _split(u, u - 1.0)
+    s = f / (2.0 + f)
+    log = e * _LN2 + s * (2.0 + _log_rest(s))
     return log if u < _LARGEST64 else u
-
-
-@_inlined
-@no_type_check
-def _exp(y: float) -> float:
-    """Exponential of a number that is not positive; below -700, of -700."""
-    y = -700.0 if y < -700.0 else y
-    n = math.floor(y * (1.0 / _LN2) + 0.5)
-    r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
-    p = 1.0 / 362880
-    p = p * r + 1.0 / 40320
-    p = p * r + 1.0 / 5040
-    p = p * r + 1.0 / 720
-    p = p * r + 1.0 / 120
-    p = p * r + 1.0 / 24
-    p = p * r + 1.0 / 6
-    p = p * r + 0.5
-    p = p * r + 1.0
-    p = p * r + 1.0
-    return p * np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
 
 
 @_inlined
@@ -109,71 +90,96 @@ def _nb_at_zero(mu: float, theta: float) -> tuple[float, float, float]:
     """
     r = mu / theta
     u = 1.0 + r
-    e, f, s, q = _log_parts(u, r)
+    e, f = _split(u, r)
+    s = f / (2.0 + f)
+    q = _log_rest(s)
     log = e * _LN2 + s * (2.0 + q)
     log = log if u < _LARGEST64 else u
     d = 1.0 / u
     return -theta * log, -d, -(s * (f * d + q)) if e == 0.0 else r * d - log
 
 
-# In float32, twice as many to a vector: what a zero says, which is evaluated for every entry.
+# In float32, twice as many to a vector: what a zero says, which is evaluated for every entry. Polynomials are
+# sums of pairs, whose terms do not wait for each other.
 
 
 @_inlined
 @no_type_check
-def _log_parts32(u: float, less_one: float) -> tuple[int, float, float, float]:
+def _log_parts32(u: float, less_one: float) -> tuple[int, float, float]:
+    """Return (e, f, q) with log u = e log 2 + f + f^2 q; the polynomial errs by 6e-9 of log(1 + f)."""
     bits = np.float32(u).view(np.int32)
     e = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
     f = less_one if e == 0 else np.int32(bits - np.int32(e << np.int32(23))).view(np.float32) - _F(1)
-    s = f / (_F(2) + f)
-    z = s * s
-    return e, f, s, z * (_F(2 / 3) + z * (_F(2 / 5) + z * (_F(2 / 7) + z * (_F(2 / 9) + z * _F(2 / 11)))))
+    f2 = f * f
+    low = _F(0.33333331) + f * _F(-0.25000820) + f2 * (_F(0.20001227) + f * _F(-0.16623357))
+    high = _F(0.14201759) + f * _F(-0.13160183) + f2 * (_F(0.12761575) + f * _F(-0.076344930))
+    return e, f, f * (low + f2 * f2 * high) - _F(0.5)
 
 
 @_inlined
 @no_type_check
-def _exp32(y: float) -> float:
-    """Exponential of a number that is not positive; below -87, of -87."""
+def _exp_parts32(y: float) -> tuple[float, float]:
+    """Return 2^n and t with exp y = 2^n (1 + t), t in [-0.3, 0.42), of y that is not positive; or of -87."""
     y = _F(-87) if y < _F(-87) else y
     n = np.floor(y * _F(1 / _LN2) + _F(0.5))
     r = y - n * _F(_LN2)
-    p = _F(1 / 24) + r * (_F(1 / 120) + r * (_F(1 / 720) + r * _F(1 / 5040)))
-    p = _F(1) + r * (_F(1) + r * (_F(0.5) + r * (_F(1 / 6) + r * p)))
-    return p * np.int32(np.int32(np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    r2 = r * r
+    q = (
+        _F(1 / 2)
+        + r * _F(1 / 6)
+        + r2 * (_F(1 / 24) + r * _F(1 / 120) + r2 * (_F(1 / 720) + r * _F(1 / 5040)))
+    )
+    return np.int32(np.int32(np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32), r + r2 * q
 
 
 @_inlined
 @no_type_check
 def _nb_at_zero32(mu: float, theta: float) -> tuple[float, float, float]:
+    """Return what :func:`_nb_at_zero` does; with d = 1 / (1 + r), r d - log(1 + r) is -r^2 (d + q) there."""
     r = mu / theta
     u = _F(1) + r
-    e, f, s, q = _log_parts32(u, r)
-    log = _F(e) * _F(_LN2) + s * (_F(2) + q)
+    e, f, q = _log_parts32(u, r)
+    log = _F(e) * _F(_LN2) + (f + f * f * q)
     log = log if u < _LARGEST else u
     d = _F(1) / u
-    return -theta * log, -d, -(s * (f * d + q)) if e == 0 else r * d - log
+    return -theta * log, -d, -(f * f * (d + q)) if e == 0 else r * d - log
 
 
 @_inlined
 @no_type_check
-def _zero_inflated_at_zero32(y: float, g: float) -> tuple[float, float, float, float]:
+def _sigmoid32(g: float) -> tuple[float, float, float]:
+    """Return sigmoid(g), sigmoid(-g) and exp(-|g|)."""
+    scale, t = _exp_parts32(-abs(g))
+    small = scale + scale * t
+    bound = _F(1) / (_F(1) + small)
+    return (bound if g > 0 else small * bound), (small * bound if g > 0 else bound), small
+
+
+@_inlined
+@no_type_check
+def _zero_inflated_at_zero32(y: float, pi: float, kept: float) -> tuple[float, float, float, float]:
     """Return log(pi + (1 - pi) p0), its slope in y = log p0 and in g = logit pi, and the sum itself.
 
     Where that is near 1, its log is taken of what it lacks to 1, (1 - pi) (1 - p0), with all its digits.
     """
-    small = _exp32(-abs(g))
-    bound = _F(1) / (_F(1) + small)
-    pi = bound if g > 0 else small * bound
-    kept = small * bound if g > 0 else bound
-    p0 = _exp32(y)
-    series = _F(1 / 24) + y * (_F(1 / 120) + y * (_F(1 / 720) + y * (_F(1 / 5040) + y * _F(1 / 40320))))
-    series = -y * (_F(1) + y * (_F(0.5) + y * (_F(1 / 6) + y * series)))
-    positive = kept * (series if y > _F(-0.5) else _F(1) - p0)
-    p = pi + kept * p0
-    e, _, s, q = _log_parts32(p, -positive)
-    log = _F(e) * _F(_LN2) + s * (_F(2) + q)
+    scale, t = _exp_parts32(y)
+    p0 = kept * (scale + scale * t)
+    less_scale = _F(0) if scale == _F(1) else _F(1) - scale  # (so that 1 - p0 is not computed from p0)
+    positive = kept * (less_scale - scale * t)
+    p = pi + p0
+    e, f, q = _log_parts32(p, -positive)
     inverse = _F(1) / p
-    return (log if p < _LARGEST else p), kept * p0 * inverse, pi * positive * inverse, p
+    log = _F(e) * _F(_LN2) + (f + f * f * q)
+    return (log if p < _LARGEST else p), p0 * inverse, pi * positive * inverse, p
+
+
+@_inlined
+@no_type_check
+def _log_kept32(g: float) -> tuple[float, float]:
+    """Return log(1 - pi) and its slope in g = logit pi."""
+    pi, _, small = _sigmoid32(g)
+    e, f, q = _log_parts32(_F(1) + small, small)
+    return -(max(g, _F(0)) + (_F(e) * _F(_LN2) + (f + f * f * q))), -pi
 
 
 @_exact_part
@@ -218,161 +224,165 @@ def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
     return value, slope + log_growth + x / (2 * a * b) + slope_b - slope_a
 
 
+@_part
+@no_type_check
+def _places(x: Any, place: Any) -> int:
+    """List where a row is not zero; return in how many places."""
+    bits = x.view(np.int32)  # (compared in one operation, where a number may be none)
+    n = 0
+    for j in range(bits.size):
+        place[n] = j
+        n += bits[j] != 0
+    return n
+
+
 # Vectors of numbers per count, one after the other in one array: to the compiler several arrays may overlap,
 # and it then works on one number at a time.
-_K, _MU, _THETA, _PRODUCT, _SLOPE, _REST, _BY_MEAN = (i * _WIDE for i in range(7))
+_K, _MU, _THETA, _W, _INVERSE, _PRODUCT, _SLOPE, _REST, _OTHER, _BY_MEAN = (i * _WIDE for i in range(10))
+_ROOM64 = 10 * _WIDE
+_D_MEAN, _D_THETA, _D_GATE, _LOG_P0, _PI, _NOT_PI, _ROOM32 = (i * _WIDE for i in range(7))  # per gene
 
 
 @_part
 @no_type_check
-def _rising_factorials(n: int, b: Any) -> None:
-    """Fill in Gamma(theta + k) / (Gamma(theta) k!), as log product + rest, and the slope of its log in theta.
+def _nb_counts(n: int, b: Any, others: Any) -> float:
+    """Return log p of `n` positive counts, summed; fill in their slopes in the mean and in theta.
 
-    Small counts have their factors multiplied out, four for all and the others for those that have more:
-    product and its derivative, whose ratio is the slope.
+    log p is log Gamma(theta + k) / (Gamma(theta) k!) + k log w + theta log(1 - w), w = mu / (mu + theta).
+    Small counts have product = theta ... (theta + k - 1) w^k / k! multiplied out, four factors for all and
+    the rest for those that have more; its derivative over itself is the slope. Divisions, which cost most,
+    are as few as can be. `b` and `others` are room to work in.
     """
+    total = 0.0
     for i in range(n):
-        k, factor = b[_K + i], b[_THETA + i]
-        product, slope = (factor if k > 0 else 1.0), (1.0 if k > 0 else 0.0)
-        factor += 1.0
-        slope = slope * factor + product if k > 1 else slope
-        product = product * factor if k > 1 else product
-        factor += 1.0
-        slope = slope * factor + product if k > 2 else slope
-        product = product * factor if k > 2 else product
-        factor += 1.0
-        slope = slope * factor + product if k > 3 else slope
-        product = product * factor if k > 3 else product
-        b[_PRODUCT + i], b[_SLOPE + i] = product, slope / product
+        k, mu, theta = b[_K + i], b[_MU + i], b[_THETA + i]
+        both = 1.0 / (mu * (mu + theta))
+        inverse = both * mu
+        w = mu * inverse
+        b[_W + i], b[_INVERSE + i], b[_BY_MEAN + i] = w, inverse, (k - mu) * (theta * both)
+        product, slope, factor, by = theta * w, w, theta + 1.0, w * (1.0 / 2)
+        slope = (slope * factor + product) * by if k > 1 else slope
+        product = product * factor * by if k > 1 else product
+        factor, by = factor + 1.0, w * (1.0 / 3)
+        slope = (slope * factor + product) * by if k > 2 else slope
+        product = product * factor * by if k > 2 else product
+        factor, by = factor + 1.0, w * (1.0 / 4)
+        slope = (slope * factor + product) * by if k > 3 else slope
+        product = product * factor * by if k > 3 else product
+        b[_PRODUCT + i], b[_SLOPE + i], b[_REST + i] = product, slope, 0.0
+        small = (k == 1 or k == 2 or k == 3 or k == 4) and theta < _LARGEST_FACTOR and w > 1 / _LARGEST_FACTOR
+        b[_OTHER + i] = 0.0 if small else 1.0
+    n_others = 0
     for i in range(n):
-        k, theta = b[_K + i], b[_THETA + i]
-        if 0 < k <= _EXACT and k == math.floor(k) and theta < _LARGEST_FACTOR:
-            b[_REST + i] = -_LOG_FACTORIAL[int(k)]
-            if k > 4:
-                product, slope = b[_PRODUCT + i], b[_SLOPE + i] * b[_PRODUCT + i]
-                for j in range(4, int(k)):
-                    slope = slope * (theta + j) + product
-                    product *= theta + j
-                b[_PRODUCT + i], b[_SLOPE + i] = product, slope / product
+        others[n_others] = i
+        n_others += b[_OTHER + i] != 0
+    for l in range(n_others):
+        i = others[l]
+        k, theta, w = b[_K + i], b[_THETA + i], b[_W + i]
+        if 4 < k <= _EXACT and k == math.floor(k) and theta < _LARGEST_FACTOR and w > 1 / _LARGEST_FACTOR:
+            for j in range(4, int(k)):
+                by = w / (j + 1)
+                b[_SLOPE + i] = (b[_SLOPE + i] * (theta + j) + b[_PRODUCT + i]) * by
+                b[_PRODUCT + i] *= (theta + j) * by
         else:
             log_rising, b[_SLOPE + i] = _log_rising_factorial(theta, k)
-            b[_PRODUCT + i], b[_REST + i] = 1.0, log_rising - math.lgamma(k + 1.0)
+            b[_PRODUCT + i], b[_REST + i] = 1.0, log_rising - math.lgamma(k + 1.0) + k * math.log(w)
+    for i in range(n):
+        product, theta, w, inverse = b[_PRODUCT + i], b[_THETA + i], b[_W + i], b[_INVERSE + i]
+        not_w = theta * inverse
+        e, f = _split(product, product - 1.0)
+        e_theta, f_theta = _split(not_w, -w)
+        by = 1.0 / (product * (2.0 + f) * (2.0 + f_theta))
+        s, s_theta = f * (2.0 + f_theta) * product * by, f_theta * (2.0 + f) * product * by
+        q_theta = _log_rest(s_theta)
+        log = e * _LN2 + s * (2.0 + _log_rest(s))
+        log_theta = e_theta * _LN2 + s_theta * (2.0 + q_theta)
+        total += (log if product < _LARGEST64 else product) + b[_REST + i] + theta * log_theta
+        # w + log(1 - w): where that cancels, by the series.
+        slope = s_theta * (q_theta + w) if e_theta == 0.0 else w + log_theta
+        b[_SLOPE + i] = b[_SLOPE + i] * (2.0 + f) * (2.0 + f_theta) * by + slope - b[_K + i] * inverse
+    return total
 
 
 @_part
 @no_type_check
-def _log_density_of_row(
-    row: int,
-    x: Any,
-    mean: Any,
-    theta: Any,
-    gate: Any,
-    d_mean: Any,
-    d_theta: Any,
-    d_gate: Any,
-) -> float:
-    """Return log p(x) of a row, summed over genes; fill its partial derivatives.
+def _log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: Any, place: Any) -> float:
+    """Return log p of up to `_WIDE` genes of a cell, summed; leave in `s` its slopes in mean, theta and gate.
 
-    Each array has that row, or fewer that it takes over and over. Of arguments that are None numba compiles
-    nothing: `theta` of a Poisson, `gate` without zero inflation, slopes that nobody wants.
+    `s`, `b` and `place` are room to work in. Of arguments that are None numba compiles nothing: `theta` of a
+    Poisson, `gate` without zero inflation.
     """
-    n_genes = x.shape[1]
-    slopes = np.empty(3 * _WIDE, np.float32)  # in mean, theta and gate
-    place = np.empty(_WIDE + 1, np.int32)
-    b = np.empty(7 * _WIDE)
-    total = 0.0
-    for start in range(0, n_genes, _WIDE):
-        stop = min(n_genes, start + _WIDE)
-        width = stop - start
-        x_part, mean_part = x[row % x.shape[0], start:stop], mean[row % mean.shape[0], start:stop]
+    width, total = x.size, 0.0
+    # What a zero says, everywhere. (Short loops: the processor then works on several vectors at once.)
+    part, n_far_out = _F(0), _F(0)
+    for j in range(width):
         if theta is not None:
-            theta_part = theta[row % theta.shape[0], start:stop]
-        if gate is not None:
-            gate_part = gate[row % gate.shape[0], start:stop]
-        # What a zero says, everywhere.
-        part, n_far_out = _F(0), _F(0)
-        for j in range(width):
-            if theta is not None:
-                log, by_mean, by_theta = _nb_at_zero32(mean_part[j], theta_part[j])
-            else:
-                log, by_mean = -mean_part[j], _F(-1)
-            if gate is not None:
-                log, by_log, by_gate, p = _zero_inflated_at_zero32(log, gate_part[j])
-                n_far_out += _F(1) if p < _FAR_OUT else _F(0)
-                by_mean *= by_log
-                if theta is not None:
-                    by_theta *= by_log
-                slopes[2 * _WIDE + j] = by_gate
-            slopes[j] = by_mean
-            if theta is not None:
-                slopes[_WIDE + j] = by_theta
-            part += log if x_part[j] == 0 else _F(0)
-        total += part
-        if gate is not None and n_far_out > 0:
-            for j in range(width):
-                m, zero = np.float64(mean_part[j]), x_part[j] == 0
-                if theta is not None:
-                    y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta_part[j]))
-                    log32, _, _ = _nb_at_zero32(mean_part[j], theta_part[j])
-                else:
-                    y, y_mean, log32 = -m, -1.0, -mean_part[j]
-                log32, _, _, p = _zero_inflated_at_zero32(log32, gate_part[j])
-                if p < _FAR_OUT:
-                    log64, by_y, by_g = _zero_inflated_far_out(y, np.float64(gate_part[j]))
-                    total += log64 - log32 if zero else 0.0
-                    slopes[j] = by_y * y_mean
-                    slopes[2 * _WIDE + j] = by_g
-                    if theta is not None:
-                        slopes[_WIDE + j] = by_y * y_theta
-        if d_mean is not None:
-            d_mean[row % d_mean.shape[0], start:stop] = slopes[:width]
-        if theta is not None and d_theta is not None:
-            d_theta[row % d_theta.shape[0], start:stop] = slopes[_WIDE : _WIDE + width]
-        if d_gate is not None:
-            d_gate[row % d_gate.shape[0], start:stop] = slopes[2 * _WIDE : 2 * _WIDE + width]
-        # The counts, in float64: gathered, so that these loops run in vectors too.
-        n = 0
-        for j in range(width):
-            place[n] = j
-            n += x_part[j] != 0
-        for i in range(n):
-            b[_K + i] = x_part[place[i]]
-            b[_MU + i] = max(np.float64(mean_part[place[i]]), _SMALLEST_MEAN)
-        if theta is None:
-            for i in range(n):
-                k, mu = b[_K + i], b[_MU + i]
-                whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
-                b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
-            for i in range(n):
-                k, mu = b[_K + i], b[_MU + i]
-                total += k * _log(mu) - mu + b[_REST + i]
-                b[_BY_MEAN + i] = (k - mu) / mu
+            log, s[_D_MEAN + j], s[_D_THETA + j] = _nb_at_zero32(mean[j], theta[j])
         else:
-            for i in range(n):
-                b[_THETA + i] = theta_part[place[i]]
-            _rising_factorials(n, b)
-            for i in range(n):
-                k, mu, t = b[_K + i], b[_MU + i], b[_THETA + i]
-                at_zero, _, zero_theta = _nb_at_zero(mu, t)
-                inverse = 1.0 / (mu + t)
-                total += _log(b[_PRODUCT + i]) + b[_REST + i] + k * _log(mu * inverse) + at_zero
-                b[_BY_MEAN + i] = (k - mu) / mu * (t * inverse)
-                b[_SLOPE + i] += zero_theta - k * inverse
-            if d_theta is not None:
-                for i in range(n):
-                    d_theta[row % d_theta.shape[0], start + place[i]] = b[_SLOPE + i]
-        if d_mean is not None:
-            for i in range(n):
-                d_mean[row % d_mean.shape[0], start + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
+            log, s[_D_MEAN + j] = -mean[j], _F(-1)
         if gate is not None:
-            for i in range(n):
-                g = np.float64(gate_part[place[i]])
-                small = _exp(-abs(g))
-                total += -_log(1.0 + small) - max(g, 0.0)
-                b[_SLOPE + i] = -(1.0 if g > 0 else small) / (1.0 + small)
-            if d_gate is not None:
-                for i in range(n):
-                    d_gate[row % d_gate.shape[0], start + place[i]] = b[_SLOPE + i]
+            s[_LOG_P0 + j] = log
+        else:
+            part += log if x[j] == 0 else _F(0)
+    if gate is not None:
+        for j in range(width):
+            s[_PI + j], s[_NOT_PI + j], _ = _sigmoid32(gate[j])
+        for j in range(width):
+            log, by_log, s[_D_GATE + j], p = _zero_inflated_at_zero32(
+                s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j]
+            )
+            n_far_out += _F(1) if p < _FAR_OUT else _F(0)
+            s[_D_MEAN + j] *= by_log
+            if theta is not None:
+                s[_D_THETA + j] *= by_log
+            part += log if x[j] == 0 else _F(0)
+    total += part
+    if gate is not None and n_far_out > 0:
+        for j in range(width):
+            m, zero = np.float64(mean[j]), x[j] == 0
+            if theta is not None:
+                y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta[j]))
+            else:
+                y, y_mean = -m, -1.0
+            log32, _, _, p = _zero_inflated_at_zero32(s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j])
+            if p < _FAR_OUT:
+                log64, by_y, s[_D_GATE + j] = _zero_inflated_far_out(y, np.float64(gate[j]))
+                total += log64 - log32 if zero else 0.0
+                s[_D_MEAN + j] = by_y * y_mean
+                if theta is not None:
+                    s[_D_THETA + j] = by_y * y_theta
+    # The counts, in float64: gathered, so that these loops run in vectors too.
+    n = _places(x, place)
+    for i in range(n):
+        b[_K + i] = x[place[i]]
+        b[_MU + i] = max(np.float64(mean[place[i]]), _SMALLEST_MEAN)
+    if theta is None:
+        for i in range(n):
+            k = b[_K + i]
+            whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
+            b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
+        for i in range(n):
+            k, mu = b[_K + i], b[_MU + i]
+            total += k * _log(mu) - mu + b[_REST + i]
+            b[_BY_MEAN + i] = (k - mu) / mu
+    else:
+        for i in range(n):
+            b[_THETA + i] = theta[place[i]]
+        total += _nb_counts(n, b, place[_WIDE + 1 :])
+        for i in range(n):
+            s[_D_THETA + place[i]] = b[_SLOPE + i]
+    for i in range(n):
+        s[_D_MEAN + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
+    if gate is not None:
+        part = _F(0)
+        for i in range(n):
+            s[_PI + i] = gate[place[i]]
+        for i in range(n):
+            log, s[_PI + i] = _log_kept32(s[_PI + i])
+            part += log
+        total += part
+        for i in range(n):
+            s[_D_GATE + place[i]] = s[_PI + i]
     return total
 
 
@@ -390,9 +400,32 @@ def _log_density(
     d_theta: Any,
     d_gate: Any,
 ) -> None:
-    """Fill rows `first` to `last` of log p(x), summed over genes, and of its partial derivatives."""
+    """Fill rows `first` to `last` of log p(x), summed over genes, and of the partial derivatives wanted.
+
+    Each array has as many rows, or fewer that are taken over and over.
+    """
+    s, b, place = np.empty(_ROOM32, np.float32), np.empty(_ROOM64), np.empty(2 * (_WIDE + 1), np.int32)
+    n_genes = x.shape[1]
     for row in range(first, last):
-        log_p[row] = _log_density_of_row(row, x, mean, theta, gate, d_mean, d_theta, d_gate)
+        total = 0.0
+        for start in range(0, n_genes, _WIDE):
+            stop = min(n_genes, start + _WIDE)
+            total += _log_density_of_block(
+                x[row % x.shape[0], start:stop],
+                mean[row % mean.shape[0], start:stop],
+                None if theta is None else theta[row % theta.shape[0], start:stop],
+                None if gate is None else gate[row % gate.shape[0], start:stop],
+                s,
+                b,
+                place,
+            )
+            if d_mean is not None:
+                d_mean[row, start:stop] = s[_D_MEAN : _D_MEAN + stop - start]
+            if d_theta is not None:
+                d_theta[row, start:stop] = s[_D_THETA : _D_THETA + stop - start]
+            if d_gate is not None:
+                d_gate[row, start:stop] = s[_D_GATE : _D_GATE + stop - start]
+        log_p[row] = total
 
 
 @_in_parallel
@@ -438,63 +471,33 @@ def _ordered(value: float) -> int:
 
 @_part
 @no_type_check
-def _softmax(row: int, logits: Any, scale: float, mean: Any) -> None:
-    """Turn a row of logits into shares, and fill `mean`, a row, with scale times these."""
-    n_genes = logits.shape[1]
-    top = _ordered(logits[row, 0])
+def _add(weight: float, values: Any, total: Any) -> None:
+    for j in range(total.size):
+        total[j] += weight * values[j]
+
+
+@_part
+@no_type_check
+def _softmax(logits: Any, bias: Any) -> float:
+    """Turn a row of logits, less a bias, into powers; return their sum, in proportion to which are shares."""
+    n_genes = logits.size
+    top = np.int32(-0x80000000)
     for j in range(n_genes):
-        top = max(top, _ordered(logits[row, j]))
+        if bias is not None:
+            logits[j] += bias[j]
+        top = max(top, _ordered(logits[j]))
     largest = np.int32(_ordered(np.int32(top).view(np.float32))).view(np.float32)
     total = 0.0
     for start in range(0, n_genes, _WIDE):
-        stop = min(n_genes, start + _WIDE)
-        logits_part, mean_part, part = logits[row, start:stop], mean[0, start:stop], _F(0)
-        for j in range(stop - start):
-            y = logits_part[j] - largest
-            power = _F(0) if y < _F(-87) else _exp32(y)
-            mean_part[j] = power
+        block, part = logits[start : start + _WIDE], _F(0)
+        for j in range(block.size):
+            y = block[j] - largest
+            scale, t = _exp_parts32(y)
+            power = _F(0) if y < _F(-87) else scale + scale * t
+            block[j] = power
             part += power
         total += part
-    inverse = _F(1 / total)
-    for j in range(n_genes):
-        share = mean[0, j] * inverse
-        logits[row, j] = share
-        mean[0, j] = scale * share
-
-
-@_part
-@no_type_check
-def _softmax_slope(row: int, mean: Any, by_mean: Any, weight: float, shares: Any) -> float:
-    """Turn a row of shares into weighted slopes in their logits, from those in the mean.
-
-    Return the slope in the scale, not weighted.
-    """
-    n_genes = mean.shape[1]
-    total = 0.0
-    for start in range(0, n_genes, _WIDE):
-        stop = min(n_genes, start + _WIDE)
-        share_part, slope_part, part = shares[row, start:stop], by_mean[0, start:stop], _F(0)
-        for j in range(stop - start):
-            part += share_part[j] * slope_part[j]
-        total += part
-    average = _F(total)
-    for j in range(n_genes):
-        shares[row, j] = weight * mean[0, j] * (by_mean[0, j] - average)
-    return average
-
-
-@_part
-@no_type_check
-def _add(row: int, weight: float, values: Any, total: Any) -> None:
-    for j in range(values.shape[1]):
-        total[row, j] += weight * values[0, j]
-
-
-@_part
-@no_type_check
-def _put(row: int, weight: float, values: Any, out: Any) -> None:
-    for j in range(values.shape[1]):
-        out[row, j] = weight * values[0, j]
+    return total
 
 
 @_compiled
@@ -503,32 +506,68 @@ def _shares_density(
     first: int,
     last: int,
     logits: Any,
+    bias: Any,
     gate: Any,
+    gate_bias: Any,
     library: Any,
     x: Any,
     theta: Any,
     weight: Any,
     log_p: Any,
+    d_bias: Any,
+    d_gate_bias: Any,
     d_theta: Any,
     d_library: Any,
 ) -> None:
-    """Do so for blocks `first` to `last` of rows with the mean library * softmax(logits), in three passes.
+    """Do so for blocks `first` to `last` of rows with the mean library * softmax(logits + bias).
 
-    Slopes of the weighted log densities take the place of `logits` and `gate`; those in theta are summed.
+    Slopes of the weighted log densities take the place of `logits` and `gate`; those in `bias`, `gate_bias`
+    and `theta` are summed.
     """
     n_rows, n_genes = logits.shape
-    mean, by_mean = np.empty((1, n_genes), np.float32), np.empty((1, n_genes), np.float32)
-    by_theta = None if theta is None else np.empty((1, n_genes), np.float32)
-    by_gate = None if gate is None else np.empty((1, n_genes), np.float32)
+    s, b, place = np.empty(_ROOM32, np.float32), np.empty(_ROOM64), np.empty(2 * (_WIDE + 1), np.int32)
+    mean, by_mean = np.empty(_WIDE, np.float32), np.empty(n_genes, np.float32)
     for row in range(first * _BLOCK, min(last * _BLOCK, n_rows)):
-        _softmax(row, logits, library[row, 0], mean)
-        log_p[row] = _log_density_of_row(row, x, mean, theta, gate, by_mean, by_theta, by_gate)
-        by_library = _softmax_slope(row, mean, by_mean, weight[row], logits)
-        d_library[row, 0] = weight[row] * by_library
-        if theta is not None:
-            _add(row // _BLOCK, weight[row], by_theta, d_theta)
-        if gate is not None:
-            _put(row, weight[row], by_gate, gate)
+        block, w, size, shares = row // _BLOCK, weight[row], library[row, 0], logits[row]
+        inverse = _F(1 / _softmax(shares, bias))
+        total, average = 0.0, 0.0
+        for start in range(0, n_genes, _WIDE):
+            stop = min(n_genes, start + _WIDE)
+            share, slope, part = shares[start:stop], by_mean[start:stop], _F(0)
+            for j in range(share.size):
+                share[j] *= inverse
+                mean[j] = size * share[j]
+            if gate is not None:
+                gate_part = gate[row, start:stop]
+                if gate_bias is not None:
+                    _add(_F(1), gate_bias[start:stop], gate_part)
+            total += _log_density_of_block(
+                x[row, start:stop],
+                mean[: share.size],
+                None if theta is None else theta[0, start:stop],
+                None if gate is None else gate_part,
+                s,
+                b,
+                place,
+            )
+            for j in range(share.size):
+                slope[j] = s[_D_MEAN + j]
+                part += share[j] * slope[j]
+            average += part
+            if theta is not None:
+                _add(w, s[_D_THETA:], d_theta[block, start:stop])
+            if gate is not None:
+                for j in range(share.size):
+                    gate_part[j] = w * s[_D_GATE + j]
+                if gate_bias is not None:
+                    _add(_F(1), gate_part, d_gate_bias[block, start:stop])
+        log_p[row], d_library[row, 0] = total, w * _F(average)
+        scale, average = w * size, _F(average)
+        d_bias_row = None if bias is None else d_bias[block]
+        for j in range(n_genes):
+            shares[j] *= scale * (by_mean[j] - average)
+            if bias is not None:
+                d_bias_row[j] += shares[j]
 
 
 @_in_parallel
@@ -537,12 +576,16 @@ def _shares_densities(
     n_shares: int,
     n_blocks: int,
     logits: Any,
+    bias: Any,
     gate: Any,
+    gate_bias: Any,
     library: Any,
     x: Any,
     theta: Any,
     weight: Any,
     log_p: Any,
+    d_bias: Any,
+    d_gate_bias: Any,
     d_theta: Any,
     d_library: Any,
 ) -> None:
@@ -552,12 +595,16 @@ def _shares_densities(
             n_blocks * i // n_shares,
             n_blocks * (i + 1) // n_shares,
             logits,
+            bias,
             gate,
+            gate_bias,
             library,
             x,
             theta,
             weight,
             log_p,
+            d_bias,
+            d_gate_bias,
             d_theta,
             d_library,
         )
@@ -572,8 +619,9 @@ def _count(first: int, last: int, x: Any, n_positive: Any) -> None:
     """Fill in how many entries of rows `first` to `last` are not zero."""
     for row in range(first, last):
         n = np.int32(0)
-        for j in range(x.shape[1]):
-            n += np.int32(x[row, j] != 0)
+        bits = x[row].view(np.int32)
+        for j in range(bits.size):
+            n += np.int32(bits[j] != 0)
         n_positive[row] = n
 
 
@@ -594,28 +642,45 @@ _counts.alone = _count
 
 @_compiled
 @no_type_check
-def _list(first: int, last: int, x: Any, log1p: Any, start: Any, gene: Any, value: Any) -> None:
-    """List genes and log(1 + x) of what is not zero in rows `first` to `last`, each from its `start` on."""
-    place = np.empty(x.shape[1], np.int32)
-    for row in range(first, last):
-        n = 0
-        for j in range(x.shape[1]):
-            place[n] = j
-            n += x[row, j] != 0
-        to = start[row]
-        for i in range(n):
-            k = x[row, place[i]]
-            gene[to + i] = place[i]
-            whole = k >= 0 and k < log1p.size and k == math.floor(k)
-            value[to + i] = log1p[int(k)] if whole else math.log1p(k)
+def _list(first: int, last: int, x: Any, at: Any, start: Any, gene: Any, value: Any, found: Any) -> None:
+    """List genes and log(1 + x) of what is not zero in parts `first` to `last` of the rows.
+
+    Each row from its `start` on; `found` is how often a part has a gene. `at` is where such entries stand
+    already, (first, last, genes, counts), or None.
+    """
+    n_rows, n_parts = x.shape[0], found.shape[0]
+    place = np.empty(x.shape[1] + 1, np.int32)
+    for part in range(first, last):
+        n_found = found[part]
+        n_found[:] = 0
+        for row in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+            genes, values = gene[start[row] : start[row + 1]], value[start[row] : start[row + 1]]
+            if at is None:
+                _places(x[row], place)
+                for i in range(genes.size):
+                    genes[i] = place[i]
+                for i in range(genes.size):
+                    values[i] = x[row, genes[i]]
+            else:
+                genes[:] = at[2][at[0][row] : at[1][row]]
+                values[:] = at[3][at[0][row] : at[1][row]]
+            for i in range(genes.size):
+                u = _F(1) + values[i]
+                e, f, q = _log_parts32(u, values[i])
+                values[i] = _F(e) * _F(_LN2) + (f + f * f * q) if u < _LARGEST else u
+            for i in range(genes.size):
+                n_found[np.uint32(genes[i])] += 1
 
 
 @_in_parallel
 @no_type_check
-def _lists(n_shares: int, n_rows: int, x: Any, log1p: Any, start: Any, gene: Any, value: Any) -> None:
-    """Do so for all rows, some at a time on each thread."""
+def _lists(
+    n_shares: int, n_parts: int, x: Any, at: Any, start: Any, gene: Any, value: Any, found: Any
+) -> None:
+    """Do so for all parts, some at a time on each thread."""
     for i in numba.prange(n_shares):
-        _list(n_rows * i // n_shares, n_rows * (i + 1) // n_shares, x, log1p, start, gene, value)
+        first, last = n_parts * i // n_shares, n_parts * (i + 1) // n_shares
+        _list(first, last, x, at, start, gene, value, found)
 
 
 _lists.alone = _list
@@ -623,19 +688,76 @@ _lists.alone = _list
 
 @_compiled
 @no_type_check
-def _transpose(start: Any, gene: Any, value: Any, by_gene: Any, row_of: Any, value_of: Any) -> None:
-    """List the same gene by gene."""
-    by_gene[:] = 0
-    for i in range(gene.size):
-        by_gene[gene[i] + 1] += 1
-    for j in range(by_gene.size - 1):
-        by_gene[j + 1] += by_gene[j]
-    free = by_gene.copy()
-    for row in range(start.size - 1):
-        for i in range(start[row], start[row + 1]):
-            to = free[gene[i]]
-            free[gene[i]] = to + 1
-            row_of[to], value_of[to] = row, value[i]
+def _add_up(found: Any, by_gene: Any) -> None:
+    """Turn how often parts have genes into where the first of each stands in a list gene by gene."""
+    n = 0
+    for j in range(found.shape[1]):
+        by_gene[j] = n
+        for part in range(found.shape[0]):
+            n, found[part, j] = n + found[part, j], n
+    by_gene[-1] = n
+
+
+@_compiled
+@no_type_check
+def _transpose(
+    first: int, last: int, start: Any, gene: Any, value: Any, free: Any, row_of: Any, value_of: Any
+) -> None:
+    """List the same gene by gene, of parts `first` to `last`, each from what is `free` on."""
+    n_rows, n_parts = start.size - 1, free.shape[0]
+    for part in range(first, last):
+        next_ = free[part]
+        for row in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+            for i in range(start[row], start[row + 1]):
+                j = np.uint32(gene[i])
+                to = np.uint32(next_[j])
+                next_[j] += 1
+                row_of[to], value_of[to] = row, value[i]
+
+
+@_in_parallel
+@no_type_check
+def _transposes(
+    n_shares: int, n_parts: int, start: Any, gene: Any, value: Any, free: Any, row_of: Any, value_of: Any
+) -> None:
+    """Do so for all parts, some at a time on each thread."""
+    for i in numba.prange(n_shares):
+        first, last = n_parts * i // n_shares, n_parts * (i + 1) // n_shares
+        _transpose(first, last, start, gene, value, free, row_of, value_of)
+
+
+_transposes.alone = _transpose
+
+
+@_compiled
+@no_type_check
+def _keep(first: int, last: int, seed: Any, dropped: int, out: Any) -> None:
+    """Fill rows `first` to `last` of numbers: 0, with probability dropped / 2^16, or what makes the mean 1.
+
+    Four share a number of 64 bits, of the generator SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    scale, least = _F(65536 / (65536 - dropped)), np.uint16(dropped)
+    numbers = np.empty(out.shape[1] // 4, np.uint64)
+    bits = numbers.view(np.uint16)
+    for row in range(first, last):
+        for i in range(numbers.size):
+            z = seed[0] + np.uint64(row * numbers.size + i + 1) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            numbers[i] = z ^ (z >> np.uint64(31))
+        for j in range(bits.size):
+            out[row, j] = scale if bits[j] >= least else _F(0)
+
+
+@_in_parallel
+@no_type_check
+def _keeps(n_shares: int, n: int, seed: Any, dropped: int, out: Any) -> None:
+    """Do so for all rows, some at a time on each thread."""
+    for i in numba.prange(n_shares):
+        _keep(n * i // n_shares, n * (i + 1) // n_shares, seed, dropped, out)
+
+
+_keeps.alone = _keep
 
 
 @_compiled
@@ -660,6 +782,9 @@ _gathers.alone = _gather
 
 
 # From torch, and back.
+
+# Of minibatches that were gathered, while they live: their version then, and where their entries stand.
+_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _LOCK = Lock()
 _forked = False
@@ -723,9 +848,16 @@ def log_density(
 
 
 def shares_log_density(
-    logits: Tensor, gate: Tensor | None, library: Tensor, x: Tensor, theta: Tensor | None, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log density of rows of counts of mean library * softmax(logits), and slopes of its weighted sum.
+    logits: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    library: Tensor,
+    x: Tensor,
+    theta: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log density of rows of counts of mean library * softmax(logits + bias), and slopes of its weighted sum.
 
     The slopes in `logits` and `gate` take the place of these.
 
@@ -733,6 +865,8 @@ def shares_log_density(
     ----------
     logits, gate, x
         Of shares; of zero inflation, None without; counts. Float32, (rows, genes), contiguous.
+    bias, gate_bias
+        Of each gene, added to these; None for nothing.
     library
         (rows, 1).
     theta
@@ -743,17 +877,19 @@ def shares_log_density(
     Returns
     -------
     tuple of Tensor
-        log p summed over genes, (rows,), and slopes in theta, (1, genes) or empty, and library, (rows, 1).
+        log p summed over genes, (rows,), and slopes in bias, gate_bias and theta, (1, genes), 0 where there
+        is none, and in library, (rows, 1).
     """
     n_rows, n_genes = logits.shape
     library, weight = library.contiguous(), weight.contiguous()
     log_p, d_library = x.new_empty(n_rows), torch.empty_like(library)
     n_blocks = -(-n_rows // _BLOCK)
-    d_theta = x.new_zeros((0 if theta is None else n_blocks), n_genes)
-    tensors = (logits, gate, library, x, theta, weight, log_p, d_theta, d_library)
+    slopes = x.new_zeros(3, n_blocks, n_genes)
+    tensors = (logits, bias, gate, gate_bias, library, x, theta, weight, log_p, *slopes, d_library)
     arrays = (None if t is None else t.detach().numpy() for t in tensors)
     _shared(_shares_densities, n_blocks, logits.numel(), *arrays)
-    return log_p, d_theta if theta is None else d_theta.sum(0, keepdim=True), d_library
+    d_bias, d_gate_bias, d_theta = slopes.sum(1, keepdim=True)
+    return log_p, d_bias, d_gate_bias, d_theta, d_library
 
 
 def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
@@ -771,18 +907,29 @@ def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor
     tuple of Tensor
         The product, (rows, features), and what is not zero, listed gene by gene; nothing where too much is.
     """
+    known = None if x.is_inference() else _entries.get(x)
+    at = None
     start = torch.zeros(len(x) + 1, dtype=torch.int32)
-    _shared(_counts, len(x), x.numel(), x.numpy(), start[1:].numpy())
-    start = start.cumsum(0, dtype=torch.int32)
+    if known and known[0] == x._version:
+        at = tuple(t.numpy() for t in known[1:])
+        np.cumsum(at[1] - at[0], out=start[1:].numpy())
+    else:
+        _shared(_counts, len(x), x.numel(), x.numpy(), start[1:].numpy())
+        start = start.cumsum(0, dtype=torch.int32)
     n = int(start[-1])
     listed = (x.new_empty(0, dtype=torch.int32), x.new_empty(0, dtype=torch.int32), x.new_empty(0))
     if n > _DENSE * x.numel():
         return torch.log1p(x) @ weight, *listed
     gene, value = torch.empty(n, dtype=torch.int32), torch.empty(n)
-    _shared(_lists, len(x), x.numel(), x.numpy(), _LOG1P, start.numpy(), gene.numpy(), value.numpy())
+    n_parts = min(len(x), _PARTS)
+    found = np.empty((n_parts, x.shape[1]), np.int32)
+    arrays = tuple(t.numpy() for t in (start, gene, value))
+    _shared(_lists, n_parts, x.numel(), x.numpy(), at, *arrays, found)
     if slope:
         listed = (torch.empty(x.shape[1] + 1, dtype=torch.int32), torch.empty_like(gene), torch.empty(n))
-        _transpose(*(t.numpy() for t in (start, gene, value, *listed)))
+        by_gene, row_of, value_of = (t.numpy() for t in listed)
+        _add_up(found, by_gene)
+        _shared(_transposes, n_parts, x.numel(), *arrays, found, row_of, value_of)
     out = embedding_bag(gene, weight, start[:-1], mode="sum", per_sample_weights=value)
     return out, *listed
 
@@ -797,9 +944,26 @@ def log1p_linear_slope(d_out: Tensor, x: Tensor, by_gene: Tensor, row_of: Tensor
 def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tensor, n_genes: int) -> Tensor:
     """Rows of a CSR matrix, entries `start` to `stop` of each, as a dense matrix, (rows, genes)."""
     out = count.new_empty(len(rows), n_genes)
-    arrays = (t.numpy() for t in (start[rows], stop[rows], gene, count, out))
-    _shared(_gathers, len(rows), out.numel(), *arrays)
+    at = (start[rows], stop[rows], gene, count)
+    _shared(_gathers, len(rows), out.numel(), *(t.numpy() for t in (*at, out)))
+    if not out.is_inference():
+        _entries[out] = (out._version, *at)
     return out
+
+
+def kept(seed: Tensor, n: int, dropped: int) -> Tensor:
+    """Draw what `n` units are multiplied with in dropout.
+
+    Parameters
+    ----------
+    seed
+        One number, int64: with the same one the result is the same.
+    dropped
+        Probability that it is 0, times 2^16. Else it is the inverse of the share that is not.
+    """
+    out = torch.empty(-(-n // _WIDE), _WIDE)
+    _shared(_keeps, len(out), n, seed.numpy().view(np.uint64), dropped, out.numpy())
+    return out.view(-1)[:n]
 
 
 # Operators of torch's own, so that a recorded step holds each as one operation that is not looked into.
@@ -810,12 +974,13 @@ _LIBRARY.define(
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "shares_log_density(Tensor(a!) logits, Tensor(b!)? gate, Tensor library, Tensor x, Tensor? theta,"
-    " Tensor weight) -> (Tensor, Tensor, Tensor)"
+    "shares_log_density(Tensor(a!) logits, Tensor? bias, Tensor(b!)? gate, Tensor? gate_bias, Tensor library,"
+    " Tensor x, Tensor? theta, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("log1p_linear(Tensor x, Tensor weight, bool slope) -> (Tensor, Tensor, Tensor, Tensor)")
 _LIBRARY.define(
     "log1p_linear_slope(Tensor d_out, Tensor x, Tensor by_gene, Tensor row_of, Tensor value_of) -> Tensor"
 )
-for operator in (log_density, shares_log_density, log1p_linear, log1p_linear_slope):
+_LIBRARY.define("kept(Tensor seed, int n, int dropped) -> Tensor")
+for operator in (log_density, shares_log_density, log1p_linear, log1p_linear_slope, kept):
     _LIBRARY.impl(operator.__name__, operator, "CPU")

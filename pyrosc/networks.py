@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from pyrosc.cells import Cells
+from pyrosc.compiled import kernels
 from pyrosc.counts import Counts
 from pyrosc.sparse import Log1pLinear
 
@@ -99,6 +100,9 @@ class Dropout(nn.Module):
         """Drop units, in training."""
         if not self.training or not self.dropped:
             return h
+        if h.device.type == "cpu" and kernels():
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+            return h * torch.ops.pyrosc.kept(seed, h.numel(), self.dropped).view(h.shape).to(h.dtype)
         bits = torch.randint(-(2**63), 2**63 - 1, (-(-h.numel() // 4),), device=h.device)
         kept = bits.view(torch.int16)[: h.numel()].view(h.shape) >= self.dropped - 2**15
         return h * kept.to(h.dtype).mul_(2**16 / (2**16 - self.dropped))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from pyrosc.calling import shorten
 from pyrosc.cells import Cells
 from pyrosc.fusing import acts, fuse
 from pyrosc.random import seeded
@@ -64,14 +65,14 @@ def recorded(
     device, n_state = cells.x.device, len(state)
 
     def flat(*tensors: Tensor) -> list[Tensor | None]:
-        *arrays, weight = tensors[n_state:]
-        value, slopes = gradients(
-            Cells(n_total=cells.n_total, **dict(zip(_ARRAYS, arrays, strict=True))), weight
-        )
+        *arrays, library, weight = tensors[n_state:]
+        seen = Cells(n_total=cells.n_total, **dict(zip(_ARRAYS, arrays, strict=True)))
+        vars(seen)["library"] = library
+        value, slopes = gradients(seen, weight)
         return [value, *slopes]
 
     def flattened(cells: Cells, weight: Tensor) -> list[Tensor]:
-        return [*state, *(getattr(cells, name) for name in _ARRAYS), weight]
+        return [*state, *(getattr(cells, name) for name in _ARRAYS), cells.library, weight]
 
     kept = [tensor.detach().clone() for tensor in state]
     try:
@@ -96,7 +97,7 @@ def recorded(
             msg = "a replay on other cells differs: a program does what no tensor operation shows"
             raise RuntimeError(msg)
         fuse(graph.graph)
-        graph.recompile()
+        shorten(graph)
     except Exception as error:  # (whatever a program does that can't be recorded)
         why = str(error).partition("\n")[0] or type(error).__name__
         if "get value out of a tracing tensor" in why:

@@ -21,7 +21,7 @@ LIKELIHOODS = pytest.mark.parametrize("likelihood", ["poisson", "nb", "zip", "zi
 
 
 def example(rows, n_genes, likelihood, spread=2.0, seed=0):
-    """Logits, gate, library, x, theta and weight of rows."""
+    """Logits, gate, each with a bias, library, x, theta and weight of rows."""
     draw = np.random.default_rng(seed)
     logits = draw.normal(0, spread, (rows, n_genes))
     x = draw.poisson(draw.gamma(0.3, 3, (rows, n_genes)))
@@ -29,27 +29,36 @@ def example(rows, n_genes, likelihood, spread=2.0, seed=0):
     theta = draw.lognormal(0, 2, (1, n_genes)) if "nb" in likelihood else None
     gate = draw.normal(0, 3, (rows, n_genes)) if "z" in likelihood else None
     weight = draw.normal(0, 1, rows)
-    numbers = (logits, gate, library, x, theta, weight)
+    bias = draw.normal(0, 1, n_genes)
+    gate_bias = None if gate is None else draw.normal(0, 1, n_genes)
+    numbers = (logits, bias, gate, gate_bias, library, x, theta, weight)
     return [None if n is None else torch.tensor(n, dtype=torch.float32) for n in numbers]
 
 
-def by_torch(logits, gate, library, x, theta, weight):
-    """Log p and slopes of its weighted sum by autograd, float64: log p, logits, gate, library, theta."""
-    leaves = [None if t is None else t.double().requires_grad_() for t in (logits, gate, library, theta)]
-    logits, gate, library, theta = leaves
-    mean = library * logits.softmax(-1)
+def by_torch(logits, bias, gate, gate_bias, library, x, theta, weight):
+    """Log p and slopes of its weighted sum by autograd, float64, in the order of arguments."""
+    given = (logits, bias, gate, gate_bias, theta, library)
+    leaves = [None if t is None else t.double().requires_grad_() for t in given]
+    logits, bias, gate, gate_bias, theta, library = leaves
+    mean = library * (logits if bias is None else logits + bias).softmax(-1)
     d = distributions.Poisson(mean) if theta is None else distributions.NegativeBinomial(mean, theta)
-    d = d if gate is None else distributions.ZeroInflated(d, gate)
+    if gate is not None:
+        d = distributions.ZeroInflated(d, gate if gate_bias is None else gate + gate_bias)
     log_p = d.log_prob(x.double()).sum(-1)
     wanted = [leaf for leaf in leaves if leaf is not None]
     slopes = iter(torch.autograd.grad((log_p * weight.double()).sum(), wanted))
     return [log_p.detach(), *(None if leaf is None else next(slopes) for leaf in leaves)]
 
 
-def by_loop(logits, gate, library, *others):
+def by_loop(logits, bias, gate, gate_bias, *others):
     logits, gate = logits.clone(), None if gate is None else gate.clone()
-    log_p, d_theta, d_library = shares_log_density(logits, gate, library, *others)
-    return [log_p, logits, gate, d_library, d_theta if len(d_theta) else None]
+    theta = others[2]
+    log_p, d_bias, d_gate_bias, d_theta, d_library = shares_log_density(
+        logits, bias, gate, gate_bias, *others
+    )
+    found = {"bias": (bias, d_bias), "gate_bias": (gate_bias, d_gate_bias), "theta": (theta, d_theta)}
+    d_bias, d_gate_bias, d_theta = (None if t is None else slope.view(t.shape) for t, slope in found.values())
+    return [log_p, logits, d_bias, gate, d_gate_bias, d_theta, d_library]
 
 
 def assert_close(found, true, x, rtol=3e-6):
@@ -69,7 +78,14 @@ def assert_close(found, true, x, rtol=3e-6):
 @pytest.mark.parametrize("rows", [1, 16, 37])
 def test_the_loop_has_the_values_and_slopes_of_autograd_in_float64(rows, n_genes, likelihood):
     arguments = example(rows, n_genes, likelihood)
-    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[5])
+
+
+@LIKELIHOODS
+def test_without_a_bias(likelihood):
+    arguments = example(20, 600, likelihood)
+    arguments[1] = arguments[3] = None
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[5])
 
 
 @LIKELIHOODS
@@ -77,15 +93,16 @@ def test_logits_far_apart_are_no_trouble(likelihood):
     """Shares down to e^-60. (Below e^-87 they are that.)"""
     arguments = example(20, 600, likelihood, spread=8.0)
     arguments[0] += 1000.0 * torch.arange(20)[:, None]
-    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
+    arguments[1] = None  # or the sum is rounded as the logits are not
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[5])
 
 
 @LIKELIHOODS
 def test_a_library_of_nothing_has_its_slopes(likelihood):
     """A mean of 0 in a cell without counts: log p is 0, or that of a dropout, and every slope a number."""
     arguments = example(5, 40, likelihood)
-    arguments[2][1], arguments[3][1] = 0, 0
-    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[3])
+    arguments[4][1], arguments[5][1] = 0, 0
+    assert_close(by_loop(*arguments), by_torch(*arguments), x=arguments[5])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -120,7 +137,8 @@ def replayed(data, monkeypatch):
 
     def replay(program, how=contextlib.nullcontext):
         graphs, original = [], recording.fuse
-        monkeypatch.setattr(recording, "fuse", lambda graph: original(graph) or graphs.append(graph))
+        names = lambda graph: [str(node.target) for node in graph.nodes]
+        monkeypatch.setattr(recording, "fuse", lambda graph: original(graph) or graphs.append(names(graph)))
         program.train()
         model, guide = pair(program, None)
         state = [*program.parameters(), *program.buffers()]
@@ -142,7 +160,7 @@ def replayed(data, monkeypatch):
                 torch.manual_seed(3)
                 value, slopes = run(there, torch.tensor(0.7))
             results.append([value, *slopes])
-        targets = [str(node.target) for node in graphs[0].nodes]
+        (targets,) = graphs
         return *results, targets.count("pyrosc.shares_log_density.default"), targets
 
     with validating(on=False):

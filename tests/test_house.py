@@ -30,7 +30,7 @@ LAYERS = [
     {"models.*"},
     {"models"},
     {"programs"},
-    {"fusing"},
+    {"calling", "fusing"},
     {"objective", "optimiser", "precision", "recording"},
     {"training"},
     {"svi"},

@@ -395,6 +395,7 @@ def resident(csr):
         stop=start[1:],
         gene=torch.as_tensor(csr.indices, dtype=torch.int32),
         count=torch.as_tensor(csr.data),
+        total=torch.as_tensor(csr.sum(1)).ravel(),
         n_genes=csr.shape[1],
         batch=torch.zeros(n, dtype=torch.int64),
         labels=torch.zeros(n, dtype=torch.int64),
@@ -515,7 +516,9 @@ def test_a_process_that_compiles_has_the_bits_of_those_that_find_the_loops_compi
         "random = torch.Generator().manual_seed(0)\n"
         "logits, gate, x = some(64, 700), some(64, 700), (4 * some(64, 700)).floor()\n"
         "theta = 3 * some(1, 700)\n"
-        "done = kernels.shares_log_density(logits, gate, x.sum(1, keepdim=True), x, theta, torch.ones(64))\n"
+        "library, weight = x.sum(1, keepdim=True), torch.ones(64)\n"
+        "parts = logits, some(700), gate, some(700), library, x, theta, weight\n"
+        "done = kernels.shares_log_density(*parts)\n"
         "print(hashlib.md5(b''.join(t.numpy().tobytes() for t in (logits, gate, *done))).hexdigest())\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
