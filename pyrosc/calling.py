@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pyrosc.compiled import kernels
+from pyrosc.fusing import acts
 
 _aten = torch.ops.aten
 
@@ -48,7 +49,8 @@ _FUNCTIONS: dict[Any, Any] = _ARITHMETIC | {
 
 
 def shorten(graph: fx.GraphModule) -> None:
-    """Replace calls by shorter ones of the same operations, in place."""
+    """Compute once what is the same in each step, and replace calls by shorter ones, in place."""
+    _fold(graph)
     for node in list(graph.graph.nodes):
         if node.target in _ARITHMETIC:
             node.args = tuple(_as_tensor(graph, node, argument) for argument in node.args)
@@ -61,12 +63,58 @@ def shorten(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def _fold(graph: fx.GraphModule) -> None:
+    """Put tensors in place of operations on nothing but numbers."""
+    values: dict[fx.Node, Any] = {}
+    changed = _changed(graph.graph)
+    for node in graph.graph.nodes:
+        known = all(source in values for source in node.all_input_nodes)
+        if node.op == "call_function" and known and node not in changed and not acts(node):
+            values[node] = node.target(*fx.map_arg(node.args, values.get), **node.kwargs)
+    for node, value in values.items():
+        if isinstance(value, Tensor) and not all(user in values for user in node.users):
+            node.replace_all_uses_with(_constant(graph, node, value))
+    graph.graph.eliminate_dead_code(acts)
+
+
+def _changed(graph: fx.Graph) -> set[fx.Node]:
+    """Return the operations whose result a later one writes into, or is handed out."""
+    beside: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}  # those that share its memory
+    found: list[fx.Node] = []
+    for node in graph.nodes:
+        shared, written = [], []
+        if node.op == "output" or node.target == _aten.native_batch_norm.default:
+            written = node.all_input_nodes
+        elif isinstance(node.target, torch._ops.OpOverload):
+            given = list(zip(node.target._schema.arguments, node.args, strict=False))
+            shared = [of for info, of in given if info.alias_info and isinstance(of, fx.Node)]
+            written = shared if node.target._schema.is_mutable else []
+        elif node.op == "call_function":
+            shared = node.all_input_nodes
+        found += written
+        for source in shared:
+            beside[source].append(node)
+            beside[node].append(source)
+    reached: set[fx.Node] = set()
+    while found:
+        node = found.pop()
+        if node not in reached:
+            reached.add(node)
+            found += beside[node]
+    return reached
+
+
 def _as_tensor(graph: fx.GraphModule, node: fx.Node, argument: Any) -> Any:
     """Return a number as what it would become: a tensor of the result's type."""
     result = node.meta.get("val")
-    if not isinstance(argument, float | int) or result is None or result.dtype != torch.float32:
+    is_number = isinstance(argument, float | int) and not isinstance(argument, bool)
+    if not is_number or result is None or result.dtype != torch.float32:
         return argument
-    name = f"number_{len(list(graph.buffers()))}"
-    graph.register_buffer(name, torch.tensor(float(argument)))
-    with graph.graph.inserting_before(node):
+    return _constant(graph, node, torch.tensor(float(argument)))
+
+
+def _constant(graph: fx.GraphModule, before: fx.Node, value: Tensor) -> fx.Node:
+    name = f"constant_{id(value)}"  # (an attribute, which is found sooner than a buffer)
+    setattr(graph, name, value)
+    with graph.graph.inserting_before(before):
         return graph.graph.get_attr(name)

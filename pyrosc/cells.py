@@ -88,17 +88,16 @@ class Resident:
         n_total : int, optional
             Size of the data set that the minibatch stands for; all rows by default.
         """
+        of_cells = ("batch", "labels", "categorical", "continuous", "proteins")
         cells = Cells(
             x=self._dense(rows),
             index=rows,
             n_total=len(self) if n_total is None else n_total,
-            batch=self.batch[rows],
-            labels=self.labels[rows],
-            categorical=self.categorical[rows],
-            continuous=self.continuous[rows],
-            proteins=self.proteins[rows],
+            **{name: getattr(self, name).index_select(0, rows) for name in of_cells},
         )
-        vars(cells)["library"] = self.total[rows, None]  # known, so that it need not be summed
+        vars(cells)["library"] = self.total.index_select(0, rows)[
+            :, None
+        ]  # known, so that it need not be summed
         return cells
 
     def take(self, rows: Int[Tensor, "m"]) -> "Resident":
