@@ -56,9 +56,7 @@ def shorten(graph: fx.GraphModule) -> None:
             node.args = tuple(_as_tensor(graph, node, argument) for argument in node.args)
         if node.target in _FUNCTIONS and not node.kwargs:
             node.target = _FUNCTIONS[node.target]
-        elif str(node.target).startswith(
-            "pyrosc."
-        ):  # (called by its name it goes through torch's dispatcher)
+        elif str(node.target).startswith("pyrosc."):  # past torch's dispatcher
             node.target = getattr(kernels(), node.target._schema.name.removeprefix("pyrosc::"))
     graph.recompile()
 
@@ -114,7 +112,8 @@ def _as_tensor(graph: fx.GraphModule, node: fx.Node, argument: Any) -> Any:
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, value: Tensor) -> fx.Node:
-    name = f"constant_{id(value)}"  # (an attribute, which is found sooner than a buffer)
-    setattr(graph, name, value)
+    name = f"constant_{len(list(graph.buffers()))}"
+    graph.register_buffer(name, value)
+    vars(graph)[name] = value  # where it is found sooner than among buffers
     with graph.graph.inserting_before(before):
         return graph.graph.get_attr(name)

@@ -1,6 +1,7 @@
 """Counts and Cells: what comes in, what is refused, and what a minibatch holds."""
 
 import re
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -415,3 +416,10 @@ def test_categories_that_are_written_alike_are_refused():
     adata.obs["batch"] = pd.Series([1, "1"] * adata.n_obs, dtype=object).to_numpy()[: adata.n_obs]
     with pytest.raises(ValueError, match=r"different types that are written alike \(1\)"):
         from_anndata(adata, batch_key="batch")
+
+
+def test_a_minibatch_of_other_counts_has_their_library(rich):
+    cells = rich.on("cpu").cells(torch.tensor([5, 1]))
+    assert torch.equal(cells.library, cells.x.sum(1, keepdim=True))
+    assert torch.equal(replace(cells, x=2 * cells.x).library, 2 * cells.library)
+    assert cells.in_batch(0).library.shape == (2, 1)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
+from pyrosc import networks
 from pyrosc.networks import Dropout
+
+
+@pytest.fixture(params=[True, False], ids=["loop", "torch"], autouse=True)
+def loop(request, monkeypatch):
+    """Where numba is, and where it is not: there torch draws all numbers."""
+    if not request.param:
+        monkeypatch.setattr(networks, "kernels", lambda: None)
 
 
 def dropped(probability, *shape, seed=0):
@@ -21,6 +29,24 @@ def test_the_mean_stays_and_the_share_is_as_asked(probability):
     error = (probability * (1 - probability) / n) ** 0.5
     assert float((out == 0).float().mean()) == pytest.approx(probability, abs=5 * error + 2**-16)
     assert float(out.double().mean()) == pytest.approx(1, abs=5 * error / (1 - probability) + 2**-16)
+
+
+def test_bits_do_not_depend_on_the_threads():
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(dropped(0.3, 700, 128))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("lag", [1, 4, 512, 4096])
+def test_units_some_way_apart_are_dropped_independently(lag):
+    gone = (dropped(0.5, 1, 1 << 18)[0] == 0).double()
+    pair = torch.stack([gone[:-lag], gone[lag:]])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 5 / 2**9
 
 
 def test_what_is_kept_is_scaled_up_by_the_share_that_is():

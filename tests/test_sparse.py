@@ -126,3 +126,54 @@ def test_bits_do_not_depend_on_the_threads():
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.fixture
+def gathered(rich):
+    """A minibatch in which rows repeat and one is empty, and the same without a memory of its entries."""
+    x = rich.on("cpu").cells(torch.tensor([3, 0, 3, 20, 7])).x
+    x.copy_(x)  # what stands in it may have changed since
+    return rich.on("cpu").cells(torch.tensor([3, 0, 3, 20, 7])).x, x
+
+
+def slopes(x, linear):
+    upstream = torch.randn(len(x), linear.bias.numel(), generator=torch.Generator().manual_seed(1))
+    out = linear(x)
+    return [out.detach(), *torch.autograd.grad(out, [linear.weight], upstream)]
+
+
+def test_entries_that_are_known_give_the_bits_of_those_that_are_found(gathered, monkeypatch):
+    known, changed = gathered
+    linear = layer(known.shape[1], 4)
+    scanned, original = [], kernels._counts
+    monkeypatch.setattr(kernels, "_counts", lambda *a: scanned.append(a) or original(*a))
+    kernels._counts.alone = lambda *a: scanned.append(a) or original.alone(*a)
+    assert known in kernels._entries
+    found = slopes(known, linear)
+    assert not scanned
+    assert all(torch.equal(a, b) for a, b in zip(found, slopes(changed, linear), strict=True))
+    assert scanned
+
+
+def test_counts_that_were_changed_since_are_looked_at_again(gathered):
+    known, _ = gathered
+    linear = layer(known.shape[1], 4)
+    known[0] = 0.0
+    known[1, 2] = 9.0
+    check(known, linear)
+
+
+def test_entries_are_forgotten_with_the_minibatch(rich):
+    before = len(kernels._entries)
+    x = rich.on("cpu").cells(torch.arange(4)).x
+    assert len(kernels._entries) == before + 1
+    del x
+    assert len(kernels._entries) == before
+
+
+def test_in_inference_mode_entries_are_looked_at(rich):
+    linear = layer(rich.n_genes, 4)
+    with torch.inference_mode():
+        x = rich.on("cpu").cells(torch.arange(4)).x
+        found = linear(x)
+    torch.testing.assert_close(found, torch.log1p(x) @ linear.weight + linear.bias)
