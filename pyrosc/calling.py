@@ -68,7 +68,8 @@ def _fold(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         known = all(source in values for source in node.all_input_nodes)
         if node.op == "call_function" and known and node not in changed and not acts(node):
-            values[node] = node.target(*fx.map_arg(node.args, values.get), **node.kwargs)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
+            values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
         if isinstance(value, Tensor) and not all(user in values for user in node.users):
             node.replace_all_uses_with(_constant(graph, node, value))
@@ -76,17 +77,20 @@ def _fold(graph: fx.GraphModule) -> None:
 
 
 def _changed(graph: fx.Graph) -> set[fx.Node]:
-    """Return the operations whose result a later one writes into, or is handed out."""
+    """Return the operations whose result a later one writes into, or which hand out their result."""
     beside: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}  # those that share its memory
     found: list[fx.Node] = []
     for node in graph.nodes:
-        shared, written = [], []
+        shared: list[fx.Node] = []
+        written: list[fx.Node] = []
         if node.op == "output" or node.target == _aten.native_batch_norm.default:
             written = node.all_input_nodes
         elif isinstance(node.target, torch._ops.OpOverload):
-            given = list(zip(node.target._schema.arguments, node.args, strict=False))
-            shared = [of for info, of in given if info.alias_info and isinstance(of, fx.Node)]
-            written = shared if node.target._schema.is_mutable else []
+            schema = node.target._schema
+            written = node.all_input_nodes if schema.is_mutable else []
+            returned = any(result.alias_info for result in schema.returns)
+            # (`_unsafe_view` is a view that says nothing of it.)
+            shared = node.all_input_nodes if returned or node.target == _aten._unsafe_view.default else []
         elif node.op == "call_function":
             shared = node.all_input_nodes
         found += written
@@ -108,11 +112,11 @@ def _as_tensor(graph: fx.GraphModule, node: fx.Node, argument: Any) -> Any:
     is_number = isinstance(argument, float | int) and not isinstance(argument, bool)
     if not is_number or result is None or result.dtype != torch.float32:
         return argument
-    return _constant(graph, node, torch.tensor(float(argument)))
+    return _constant(graph, node, torch.tensor(float(argument), dtype=result.dtype, device=result.device))
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, value: Tensor) -> fx.Node:
-    name = f"constant_{len(list(graph.buffers()))}"
+    name = f"constant_{len(graph._buffers)}"
     graph.register_buffer(name, value)
     vars(graph)[name] = value  # where it is found sooner than among buffers
     with graph.graph.inserting_before(before):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pyrosc.compiled import kernels
 
+_OF_CELLS = ("batch", "labels", "categorical", "continuous", "proteins")
+
 
 @dataclass(frozen=True, eq=False)
 class Cells:
@@ -42,10 +44,18 @@ class Cells:
     continuous: Float[Tensor, "cells continuous"]
     proteins: Float[Tensor, "cells proteins"]
 
-    @cached_property
+    @property
     def library(self) -> Float[Tensor, "cells 1"]:
         """Observed total of each cell, in counts, over the genes of the fit."""
-        return self.x.sum(-1, keepdim=True)
+        total, version = vars(self).get("known", (None, None))
+        if version is None or version != _version(self.x) or self.x.requires_grad:
+            return self.x.sum(-1, keepdim=True)
+        return total
+
+    def knowing(self, library: Float[Tensor, "cells 1"]) -> "Cells":
+        """Return these cells, whose library need not be summed while x stays as it is."""
+        vars(self)["known"] = (library, _version(self.x))
+        return self
 
     def __len__(self) -> int:
         return len(self.index)
@@ -55,12 +65,17 @@ class Cells:
         return replace(self, batch=torch.full_like(self.batch, code))
 
 
+def _version(x: Tensor) -> int | None:
+    """Return how often a tensor was written into; None where torch does not count."""
+    return None if x.is_inference() else x._version
+
+
 @dataclass(frozen=True, eq=False)
 class Resident:
     """Counts on a device, in CSR; minibatches are gathered and made dense there.
 
     Made by :meth:`Counts.on`; on a CPU the arrays are those of the Counts where types allow. The entries of
-    cell i are ``start[i]`` to ``stop[i]`` of `gene` and `count`.
+    cell i are ``start[i]`` to ``stop[i]`` of `gene` and `count`, and ``total[i]`` is their sum.
     """
 
     start: Int[Tensor, "n"]
@@ -88,22 +103,19 @@ class Resident:
         n_total : int, optional
             Size of the data set that the minibatch stands for; all rows by default.
         """
-        of_cells = ("batch", "labels", "categorical", "continuous", "proteins")
         cells = Cells(
             x=self._dense(rows),
             index=rows,
             n_total=len(self) if n_total is None else n_total,
-            **{name: getattr(self, name).index_select(0, rows) for name in of_cells},
+            **{name: getattr(self, name).index_select(0, rows) for name in _OF_CELLS},
         )
-        vars(cells)["library"] = self.total.index_select(0, rows)[
-            :, None
-        ]  # known, so that it need not be summed
-        return cells
+        return cells.knowing(self.total.index_select(0, rows)[:, None])
 
     def take(self, rows: Int[Tensor, "m"]) -> "Resident":
         """Return some of the cells; their entries are shared, not copied."""
-        per_cell = ("start", "stop", "total", "batch", "labels", "categorical", "continuous", "proteins")
-        return replace(self, **{name: getattr(self, name)[rows] for name in per_cell})
+        return replace(
+            self, **{name: getattr(self, name)[rows] for name in ("start", "stop", "total", *_OF_CELLS)}
+        )
 
     @cached_property
     def _longest(self) -> int:

@@ -1,7 +1,8 @@
 """Loops over counts on a CPU, compiled by numba: densities of cells, a linear map of them, minibatches.
 
 Each is one pass over the entries where the same in torch operations is thirty, and is written twice: here for
-speed, and in `distributions.py` for every device, and as the reference that tests compare with.
+speed, and in `distributions.py` for every device, and as the reference that tests compare with. (Dropout is
+here too; what torch draws in its place are other numbers.)
 Rows are shared among torch's threads; the result does not depend on how many there are.
 """
 
@@ -23,7 +24,7 @@ _EXACT = 16  # counts up to this have their rising factorial multiplied out
 _LARGEST_FACTOR = 1e9  # of those, and the inverse of their smallest: products stay finite, and above 0
 _DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
 _SHARES = 4  # of the rows, for each thread
-_BLOCK = 16  # rows whose slopes in theta are summed one after the other
+_BLOCK = 16  # rows whose slopes in parameters of genes are summed one after the other
 _PARTS = 8  # of a minibatch, whose entries are listed one after the other
 _WIDE = 512  # entries summed in float32 before the sum goes on in float64
 
@@ -43,8 +44,10 @@ _STEEPEST = 1e30
 _FAR_OUT = np.float32(1e-30)  # probabilities of a zero below which float32 has too few digits
 _SMALLEST_MEAN = float(torch.finfo(torch.float32).tiny)
 _LN2 = math.log(2.0)
+_NOT_SIGN = np.int32(0x7FFFFFFF)  # all bits of a float32 but the sign: 0 for -0.0 too
 
 _F = np.float32
+_NAN = np.float32(math.nan)
 
 
 @_inlined
@@ -185,7 +188,7 @@ def _log_kept32(g: float) -> tuple[float, float]:
 @_exact_part
 @no_type_check
 def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
-    """Return the same, but the sum, in log space: where it is too small for float32."""
+    """Return the log and its slopes by log space: where the sum is too small for float32."""
     larger, smaller = max(g, y), min(g, y)
     log_sum = larger + math.log1p(math.exp(smaller - larger))  # of odds: of e^g + p0
     log_kept = -math.log1p(math.exp(g)) if g < 0 else -g - math.log1p(math.exp(-g))
@@ -232,7 +235,7 @@ def _places(x: Any, place: Any) -> int:
     n = 0
     for j in range(bits.size):
         place[n] = j
-        n += bits[j] != 0
+        n += (bits[j] & _NOT_SIGN) != 0
     return n
 
 
@@ -479,7 +482,7 @@ def _add(weight: float, values: Any, total: Any) -> None:
 @_part
 @no_type_check
 def _softmax(logits: Any, bias: Any) -> float:
-    """Turn a row of logits, less a bias, into powers; return their sum, in proportion to which are shares."""
+    """Add a bias to a row of logits and turn them into powers; return the sum, to divide by for shares."""
     n_genes = logits.size
     top = np.int32(-0x80000000)
     for j in range(n_genes):
@@ -615,13 +618,23 @@ _shares_densities.alone = _shares_density
 
 @_compiled
 @no_type_check
+def _sum_blocks(slopes: Any, out: Any) -> None:
+    """Sum over the second axis, in an order that does not depend on threads, as torch's may."""
+    out[:] = 0
+    for i in range(slopes.shape[0]):
+        for block in range(slopes.shape[1]):
+            _add(_F(1), slopes[i, block], out[i, 0])
+
+
+@_compiled
+@no_type_check
 def _count(first: int, last: int, x: Any, n_positive: Any) -> None:
     """Fill in how many entries of rows `first` to `last` are not zero."""
     for row in range(first, last):
         n = np.int32(0)
         bits = x[row].view(np.int32)
         for j in range(bits.size):
-            n += np.int32(bits[j] != 0)
+            n += np.int32((bits[j] & _NOT_SIGN) != 0)
         n_positive[row] = n
 
 
@@ -631,7 +644,8 @@ def _counts(n_shares: int, n_rows: int, x: Any, n_positive: Any) -> None:
     """Do so for all rows, some at a time on each thread.
 
     It stands before `_lists` for another reason too: torch's embedding_bag leaves the vector registers of the
-    threads in a state in which scalar code is ten times slower, and the loop here, in vectors, clears it.
+    threads in a state in which scalar code is ten times slower, and the loop here, in vectors, clears it. (So
+    do the copies in `_list` where entries are known.)
     """
     for i in numba.prange(n_shares):
         _count(n_rows * i // n_shares, n_rows * (i + 1) // n_shares, x, n_positive)
@@ -667,7 +681,8 @@ def _list(first: int, last: int, x: Any, at: Any, start: Any, gene: Any, value: 
             for i in range(genes.size):
                 u = _F(1) + values[i]
                 e, f, q = _log_parts32(u, values[i])
-                values[i] = _F(e) * _F(_LN2) + (f + f * f * q) if u < _LARGEST else u
+                log = _F(e) * _F(_LN2) + (f + f * f * q)
+                values[i] = log if _F(0) < u < _LARGEST else (_NAN if u <= _F(0) else u)
             for i in range(genes.size):
                 n_found[np.uint32(genes[i])] += 1
 
@@ -783,7 +798,8 @@ _gathers.alone = _gather
 
 # From torch, and back.
 
-# Of minibatches that were gathered, while they live: their version then, and where their entries stand.
+# Of minibatches that were gathered, while they live: their version then, and where their entries stand. It
+# shows all that torch operations do to them, but not what is written through x.numpy() or x.data.
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _LOCK = Lock()
@@ -888,8 +904,9 @@ def shares_log_density(
     tensors = (logits, bias, gate, gate_bias, library, x, theta, weight, log_p, *slopes, d_library)
     arrays = (None if t is None else t.detach().numpy() for t in tensors)
     _shared(_shares_densities, n_blocks, logits.numel(), *arrays)
-    d_bias, d_gate_bias, d_theta = slopes.sum(1, keepdim=True)
-    return log_p, d_bias, d_gate_bias, d_theta, d_library
+    summed = x.new_empty(3, 1, n_genes)
+    _sum_blocks(slopes.numpy(), summed.numpy())
+    return log_p, summed[0], summed[1], summed[2], d_library
 
 
 def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001

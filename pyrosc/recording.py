@@ -67,8 +67,7 @@ def recorded(
     def flat(*tensors: Tensor) -> list[Tensor | None]:
         *arrays, library, weight = tensors[n_state:]
         seen = Cells(n_total=cells.n_total, **dict(zip(_ARRAYS, arrays, strict=True)))
-        vars(seen)["library"] = library
-        value, slopes = gradients(seen, weight)
+        value, slopes = gradients(seen.knowing(library), weight)
         return [value, *slopes]
 
     def flattened(cells: Cells, weight: Tensor) -> list[Tensor]:
@@ -86,18 +85,20 @@ def recorded(
                 value, *slopes = graph(*flattened(cells, weight))
             return value, slopes
 
-        runs = []
-        for run in (gradients, replay):
+        def outcome(run: Gradients) -> list[Tensor | None]:
             restore(state, kept)
             with seeded(device, 1):
                 value, slopes = run(other, weight / 2)
-            changed = [tensor.detach().clone() for tensor in state]
-            runs.append([value, *slopes, *changed])
-        if not all(_alike(a, b) for a, b in zip(*runs, strict=True)):
+            return [value, *slopes, *(tensor.detach().clone() for tensor in state)]
+
+        if not all(map(_alike, outcome(gradients), outcome(replay))):
             msg = "a replay on other cells differs: a program does what no tensor operation shows"
             raise RuntimeError(msg)
         fuse(graph.graph)
         shorten(graph)
+        if not all(map(_alike, outcome(replay), outcome(replay))):
+            msg = "a second replay differs from the first: a program keeps what it computes"
+            raise RuntimeError(msg)
     except Exception as error:  # (whatever a program does that can't be recorded)
         why = str(error).partition("\n")[0] or type(error).__name__
         if "get value out of a tracing tensor" in why:

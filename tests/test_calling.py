@@ -118,7 +118,36 @@ def handed_out(x):
     return torch.ones(4).neg(), x * 1.0
 
 
-@pytest.mark.parametrize("f", [written_into, written_into_a_view, moments_of_a_norm, handed_out])
+def written_as_out(x):
+    zeros = torch.zeros(4)
+    torch.add(zeros, x.sum(0), out=zeros)
+    return zeros * 1.0
+
+
+def written_in_a_list(x):
+    zeros = torch.zeros(4)
+    torch._foreach_add_([zeros], [x.sum(0)])
+    return zeros * 1.0
+
+
+def written_into_a_product(x):
+    product = torch.ones(2, 3, 4) @ torch.ones(4, 4)
+    product.add_(x.sum())
+    return product * 1.0
+
+
+WRITING = [
+    written_into,
+    written_into_a_view,
+    written_as_out,
+    written_in_a_list,
+    written_into_a_product,
+    moments_of_a_norm,
+    handed_out,
+]
+
+
+@pytest.mark.parametrize("f", WRITING)
 def test_what_a_step_writes_into_or_hands_out_is_made_anew(f):
     graph, _ = shortened(f, ROWS)
     for _ in range(3):
@@ -126,6 +155,21 @@ def test_what_a_step_writes_into_or_hands_out_is_made_anew(f):
         for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, true)), strict=True):
             assert torch.equal(a, b)
             a.fill_(7.0)  # what a caller does with it is no business of the next step
+
+
+def test_keywords_of_what_is_computed_once_are_tensors_too():
+    f = lambda x: x * torch.searchsorted(torch.ones(4), torch.ones(4), sorter=torch.arange(4))
+    graph, _ = shortened(f, ROWS)
+    assert torch.equal(graph(ROWS), f(ROWS))
+
+
+def test_the_type_does_not_depend_on_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        graph, _ = shortened(lambda x: x.sum() * 3.0, ROWS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert graph(ROWS).dtype == torch.float32
 
 
 def test_random_numbers_are_drawn_in_each_step():

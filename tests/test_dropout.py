@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyrosc import networks
+from pyrosc import kernels, networks
 from pyrosc.networks import Dropout
 
 
@@ -12,6 +12,7 @@ def loop(request, monkeypatch):
     """Where numba is, and where it is not: there torch draws all numbers."""
     if not request.param:
         monkeypatch.setattr(networks, "kernels", lambda: None)
+    return request.param
 
 
 def dropped(probability, *shape, seed=0):
@@ -29,6 +30,13 @@ def test_the_mean_stays_and_the_share_is_as_asked(probability):
     error = (probability * (1 - probability) / n) ** 0.5
     assert float((out == 0).float().mean()) == pytest.approx(probability, abs=5 * error + 2**-16)
     assert float(out.double().mean()) == pytest.approx(1, abs=5 * error / (1 - probability) + 2**-16)
+
+
+def test_the_loop_runs_where_it_can(loop, monkeypatch):
+    calls, original = [], kernels._keep
+    monkeypatch.setattr(kernels._keeps, "alone", lambda *a: calls.append(a) or original(*a))
+    dropped(0.3, 5, 4)
+    assert bool(calls) == loop
 
 
 def test_bits_do_not_depend_on_the_threads():

@@ -137,8 +137,8 @@ def replayed(data, monkeypatch):
 
     def replay(program, how=contextlib.nullcontext):
         graphs, original = [], recording.fuse
-        names = lambda graph: [str(node.target) for node in graph.nodes]
-        monkeypatch.setattr(recording, "fuse", lambda graph: original(graph) or graphs.append(names(graph)))
+        named = lambda graph: [(str(node.target), node.args) for node in graph.nodes]
+        monkeypatch.setattr(recording, "fuse", lambda graph: original(graph) or graphs.append(named(graph)))
         program.train()
         model, guide = pair(program, None)
         state = [*program.parameters(), *program.buffers()]
@@ -160,8 +160,9 @@ def replayed(data, monkeypatch):
                 torch.manual_seed(3)
                 value, slopes = run(there, torch.tensor(0.7))
             results.append([value, *slopes])
-        (targets,) = graphs
-        return *results, targets.count("pyrosc.shares_log_density.default"), targets
+        (nodes,) = graphs
+        n_loops = [name for name, _ in nodes].count("pyrosc.shares_log_density.default")
+        return *results, n_loops, nodes
 
     with validating(on=False):
         yield replay
@@ -182,11 +183,17 @@ def assert_same_step(run, replay):
 @LIKELIHOODS
 @pytest.mark.parametrize("model", [VAE, LDVAE, VSC], ids=lambda model: model.__name__)
 def test_a_step_of_a_model_is_the_same_with_the_loop(model, likelihood, library, data, replayed):
-    run, replay, n_loops, targets = replayed(model.for_data(data, likelihood=likelihood, library=library))
+    run, replay, n_loops, nodes = replayed(model.for_data(data, likelihood=likelihood, library=library))
     assert_same_step(run, replay)
     assert n_loops == 1
-    assert "pyrosc.log_density.default" not in targets
-    assert not [name for name in targets if "softmax" in name]
+    assert not [name for name, _ in nodes if "softmax" in name or name == "pyrosc.log_density.default"]
+    # The offsets are added in the loop, and their slopes summed there.
+    (loop,) = (args for name, args in nodes if name == "pyrosc.shares_log_density.default")
+    logits, bias, gate, gate_bias, *_ = loop
+    assert bias is not None
+    assert (gate is None) == (gate_bias is None)
+    summed = [args[0] for name, args in nodes if name == "aten.sum.dim_IntList"]
+    assert not {logits, gate} & set(summed)
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])

@@ -57,7 +57,7 @@ def test_entries_are_looked_up_where_they_are_few(density, sparse, looked_up):
     assert len(looked_up) == 2 * sparse
 
 
-def test_the_table_of_logs_ends_and_large_counts_and_fractions_go_on(looked_up):
+def test_large_counts_and_fractions(looked_up):
     x = torch.zeros(4, 40)
     x[0, :4] = torch.tensor([1022.0, 1023.0, 1024.0, 1025.0])
     x[1, 7], x[1, 39], x[3, 0] = 5000.0, 2e5, 0.37
@@ -132,10 +132,10 @@ def test_bits_do_not_depend_on_the_threads():
 
 @pytest.fixture
 def gathered():
-    """A minibatch in which a row repeats, and the same without a memory of its entries."""
-    x = counts(24, 60, 0.1)
+    """A minibatch in which rows repeat, and the same without a memory of its entries."""
+    x = counts(240, 500, 0.1)
     resident = from_anndata(anndata.AnnData(csr_matrix(x.numpy()))).on("cpu")
-    rows = torch.tensor([3, 0, 3, 20, 7])
+    rows = torch.arange(300) * 7 % 240
     return resident.cells(rows).x, x[rows]
 
 
@@ -164,6 +164,25 @@ def test_counts_that_were_changed_since_are_looked_at_again(gathered, looked_up)
     known[1, 2] = 9.0
     check(known, layer(known.shape[1], 4))
     assert looked_up
+
+
+def test_bits_of_known_entries_do_not_depend_on_the_threads(gathered):
+    known, _ = gathered
+    linear = layer(known.shape[1], 4)
+    alone = slopes(known, linear)
+    torch.set_num_threads(2)
+    try:
+        shared = slopes(known, linear)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("bad", [-1.0, -2.0, float("nan"), float("inf")])
+def test_what_is_no_count_is_not_hidden(bad):
+    x = counts(20, 50, 0.1)
+    x[3, 4] = bad
+    assert not torch.isfinite(layer(50, 2)(x)[3]).any()
 
 
 def test_entries_are_forgotten_with_the_minibatch(rich):
