@@ -108,11 +108,11 @@ def _changed(graph: fx.Graph) -> set[fx.Node]:
 
 def _as_tensor(graph: fx.GraphModule, node: fx.Node, argument: Any) -> Any:
     """Return a number as what it would become: a tensor of the result's type."""
-    result = node.meta.get("val")
+    made = node.meta.get("made")
     is_number = isinstance(argument, float | int) and not isinstance(argument, bool)
-    if not is_number or result is None or result.dtype != torch.float32:
+    if not is_number or made is None or made.dtype != torch.float32:
         return argument
-    return _constant(graph, node, torch.tensor(float(argument), dtype=result.dtype, device=result.device))
+    return _constant(graph, node, torch.tensor(float(argument), dtype=made.dtype, device=made.device))
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, value: Tensor) -> fx.Node:

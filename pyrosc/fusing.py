@@ -156,8 +156,8 @@ def _sum_over_rows(node: Any) -> Any:
 
 def _shape(node: Any) -> tuple[int, ...]:
     """Return the shape of float32 numbers, () of all else."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else ()
+    made = node.meta.get("made") if isinstance(node, fx.Node) else None
+    return tuple(made.shape) if made is not None and made.dtype == torch.float32 else ()
 
 
 def _put_before(graph: fx.Graph, target: fx.Node, node: fx.Node) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 
 from pyrosc.calling import shorten
 from pyrosc.cells import Cells
 from pyrosc.fusing import acts, fuse
 from pyrosc.random import seeded
+from pyrosc.tracing import traced
 
 Gradients = Callable[[Cells, Tensor], tuple[Tensor, list[Tensor | None]]]
 """From cells and the weight of the KL to the loss and its gradients; None for a parameter it does not use."""
@@ -39,7 +39,11 @@ def gradients_of(loss: Callable[[Cells, Tensor], Tensor], parameters: Sequence[T
 
 
 def recorded(
-    gradients: Gradients, state: Sequence[Tensor], cells: Cells, other: Cells, weight: Tensor
+    gradients: Gradients,
+    state: Sequence[Tensor],
+    cells: Callable[[], Cells],
+    other: Callable[[], Cells],
+    weight: Tensor,
 ) -> Gradients:
     """Record the operations of a run on a CPU; return what replays them, or `gradients` if that fails.
 
@@ -50,7 +54,8 @@ def recorded(
     state
         Tensors that it reads or changes in place; afterwards they are as before.
     cells, other
-        A minibatch to record, and one of the same size to compare the recording with the programs on.
+        Gather a minibatch to record, and one of the same size to compare the recording with the programs on;
+        neither is kept longer than it is needed.
     weight
         Of the KL.
 
@@ -60,13 +65,11 @@ def recorded(
         The same, sooner; what :func:`fuse` puts in rounds otherwise. If the programs could not be recorded,
         or a replay differs from them, the log says why.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes a while to import
-
-    device, n_state = cells.x.device, len(state)
+    device, n_state, n_total = weight.device, len(state), cells().n_total
 
     def flat(*tensors: Tensor) -> list[Tensor | None]:
         *arrays, library, weight = tensors[n_state:]
-        seen = Cells(n_total=cells.n_total, **dict(zip(_ARRAYS, arrays, strict=True)))
+        seen = Cells(n_total=n_total, **dict(zip(_ARRAYS, arrays, strict=True)))
         value, slopes = gradients(seen.knowing(library), weight)
         return [value, *slopes]
 
@@ -75,9 +78,8 @@ def recorded(
 
     kept = [tensor.detach().clone() for tensor in state]
     try:
-        with seeded(device, 0), _NoReading():
-            graph = make_fx(flat)(*flattened(cells, weight))
-        _check_shapes(graph)
+        with seeded(device, 0):
+            graph = traced(flat, flattened(cells(), weight))
         _simplify(graph)
 
         def replay(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -88,7 +90,7 @@ def recorded(
         def outcome(run: Gradients) -> list[Tensor | None]:
             restore(state, kept)
             with seeded(device, 1):
-                value, slopes = run(other, weight / 2)
+                value, slopes = run(other(), weight / 2)
             return [value, *slopes, *(tensor.detach().clone() for tensor in state)]
 
         if not all(map(_alike, outcome(gradients), outcome(replay))):
@@ -101,8 +103,6 @@ def recorded(
             raise RuntimeError(msg)
     except Exception as error:  # (whatever a program does that can't be recorded)
         why = str(error).partition("\n")[0] or type(error).__name__
-        if "get value out of a tracing tensor" in why:
-            why = "a program reads the numbers in a tensor, by item(), float(), bool() or if"
         _log.info("steps are run, not replayed: %s", why)
         return gradients
     finally:
@@ -127,31 +127,6 @@ def _alike(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.allclose(a, b, rtol=1e-6, atol=1e-6 * scale, equal_nan=True)
 
 
-class _NoReading(TorchFunctionMode):
-    """Refuses to hand out numbers: what a program does with them no recording sees."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name in ("numpy", "tolist", "__array__"):
-            msg = f"a program reads the numbers in a tensor, by {name}()"
-            raise RuntimeError(msg)
-        return function(*args, **(kwargs or {}))
-
-
-def _check_shapes(graph: fx.GraphModule) -> None:
-    """Raise if the shape of a result depends on numbers, which may differ in other cells."""
-    aten = torch.ops.aten
-    for node in graph.graph.nodes:
-        if node.target in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            indices = [index for index in node.args[1] if index is not None]
-            depends = any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
-        else:
-            depends = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
-        if depends:
-            msg = f"the shape of a result depends on the data, in {node.target}"
-            raise RuntimeError(msg)
-
-
 def _simplify(graph: fx.GraphModule) -> None:
     """Drop operations whose result nobody uses, and those that return their input as it is."""
     aten = torch.ops.aten
@@ -165,10 +140,10 @@ def _simplify(graph: fx.GraphModule) -> None:
         ):
             result = source
         elif node.target is aten.ones_like.default:  # a gradient's first 1 is no function of the loss
-            value = node.meta["val"]
+            made = node.meta["made"]
             with graph.graph.inserting_before(node):
-                kind = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-                result = graph.graph.call_function(aten.ones.default, (list(value.shape),), kind)
+                kind = {"dtype": made.dtype, "device": made.device, "pin_memory": False}
+                result = graph.graph.call_function(aten.ones.default, (list(made.shape),), kind)
             result.meta = node.meta
         else:
             continue
@@ -180,8 +155,8 @@ def _simplify(graph: fx.GraphModule) -> None:
 
 
 def _layout(node: fx.Node) -> Any:
-    value: Any = node.meta.get("tensor_meta")
-    return (value.shape, value.stride) if value is not None else node
+    made: Any = node.meta.get("made")
+    return (made.shape, made.stride) if made is not None else node
 
 
 class CudaGraph:

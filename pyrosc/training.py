@@ -31,7 +31,7 @@ from pyrosc.programs import (
 from pyrosc.random import seeded
 from pyrosc.recording import CudaGraph, gradients_of, recorded, restore
 
-RECORD_AFTER, RECORD_FOR = 30, 300
+RECORD_AFTER, RECORD_FOR = 3, 50
 """Steps that are run before one is recorded, and steps to come for which that is worth its time."""
 
 _log = logging.getLogger(__name__)
@@ -174,8 +174,10 @@ class _Stepper:
             except RuntimeError as error:
                 _log.info("steps are run, not replayed: %s", str(error).partition("\n")[0])
         elif rows.device.type == "cpu":
-            cells, others = self.problem.train.cells(rows), self.problem.train.cells(other)
-            self.gradients = recorded(self.gradients, self.state, cells, others, self.weight_there)
+            gather = self.problem.train.cells
+            self.gradients = recorded(
+                self.gradients, self.state, lambda: gather(rows), lambda: gather(other), self.weight_there
+            )
 
     def _counting(self, rows: Tensor) -> bool:
         """Say whether a run changes plain numbers that the programs keep, such as a count of their calls."""

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrosc import calling
 from pyrosc.calling import shorten
+from pyrosc.tracing import traced
 
 _aten = torch.ops.aten
 
 
 def shortened(f, *arguments):
     """A function, recorded and shortened, and the operations that are left."""
-    graph = make_fx(f)(*arguments)
+    graph = traced(f, arguments)
     shorten(graph)
     return graph, [node.target for node in graph.graph.nodes if node.op == "call_function"]
 

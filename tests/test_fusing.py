@@ -150,7 +150,7 @@ def replayed(data, monkeypatch):
                 return weighted_loss(estimate, model, guide, cells, weight)
 
         gradients = gradients_of(loss, parameters)
-        replay = recorded(gradients, state, here, there, torch.tensor(1.0))
+        replay = recorded(gradients, state, lambda: here, lambda: there, torch.tensor(1.0))
         assert replay is not gradients
         kept = [t.detach().clone() for t in state]
         results = []
@@ -168,15 +168,15 @@ def replayed(data, monkeypatch):
         yield replay
 
 
-def assert_same_step(run, replay):
-    """To 1e-5 of the largest slope of all."""
+def assert_same_step(run, replay, rtol=0.0):
+    """To 1e-5 of the largest slope of all, or `rtol` of each."""
     torch.testing.assert_close(run[0], replay[0], rtol=1e-6, atol=0)
     largest = max(float(slope.abs().max()) for slope in run[1:] if slope is not None)
     for a, b in zip(run[1:], replay[1:], strict=True):
         if a is None or b is None:
             assert a is b
             continue
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * largest)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("library", ["observed", "latent"])
@@ -200,7 +200,8 @@ def test_a_step_of_a_model_is_the_same_with_the_loop(model, likelihood, library,
 def test_logits_of_bfloat16_products_are_written_over_too(likelihood, data, replayed):
     model = VAE.for_data(data, likelihood=likelihood)
     run, replay, n_loops, _ = replayed(model, LinearInBfloat16)
-    assert_same_step(run, replay)
+    # Slopes are rounded to 8 bits: other last digits before that may be the next number after it.
+    assert_same_step(run, replay, rtol=2**-7)
     assert n_loops == 1
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"models.*"},
     {"models"},
     {"programs"},
-    {"fusing"},
+    {"fusing", "tracing"},
     {"calling"},
     {"objective", "optimiser", "precision", "recording"},
     {"training"},
