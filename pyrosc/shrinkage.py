@@ -7,7 +7,7 @@ Curves of all genes are worked on in torch: numpy's threads and torch's, taking 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, reduce
+from functools import cached_property, reduce
 from operator import add
 
 import numpy as np
@@ -31,7 +31,10 @@ _UNLIKE = -8.0  # log probability that the one gene which holds the mode at 0 is
 _WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
 _LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
+_LEAST32 = 1e-30  # the same, of float32 numbers
 _DENSITY = torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=_LEAST).exp()
+_SUMS = torch.nn.functional.pad(_DENSITY.cumsum(1), (1, 0))
+_MASS = (_SUMS[:, len(LFC) :] - _SUMS[:, : -len(LFC)]).flip(1)  # of each component with each mode, on LFC
 _BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
@@ -254,13 +257,14 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
     Stephens, False discovery rates: a new deal, 2017.
     """
     curves = torch.from_numpy(likelihood)
+    rough = curves.float().clamp_(min=_LEAST32)
     # The first mode is that of a prior without the components beside it, one of which would else stand in.
-    mode = _mode(curves, torch.from_numpy((_CENTRES == 0) / (_CENTRES == 0).sum()))
+    mode = _mode(curves, rough, torch.from_numpy((_CENTRES == 0) / (_CENTRES == 0).sum()))
     weights = torch.full((len(_SDS),), 1 / len(_SDS), dtype=torch.float64)
     for _ in range(n_rounds):
         before = mode
         weights = _weights(curves @ _components(mode).T, weights)
-        mode = _mode(curves, weights)
+        mode = _mode(curves, rough, weights)
         if mode == before:
             break
     if abs(mode) == _MODES:
@@ -277,27 +281,42 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
 
 def beyond(curves: Float[ndarray, "genes points"], common: float) -> Float[ndarray, "genes points"]:
     """Return curves of fold changes as those of what these are more than `common`, a multiple of the step."""
-    places = np.arange(len(LFC)) + round(common / _STEP)
-    return curves[:, np.clip(places, 0, len(LFC) - 1)]
+    by = round(common / _STEP)
+    shifted = np.empty_like(curves)
+    if by >= 0:
+        shifted[:, : len(LFC) - by], shifted[:, len(LFC) - by :] = curves[:, by:], curves[:, -1:]
+    else:
+        shifted[:, -by:], shifted[:, :-by] = curves[:, :by], curves[:, :1]
+    return shifted
 
 
-@cache
 def _components(mode: int) -> Float[Tensor, "components points"]:
     """Return the components of the prior with its mode `mode` steps above 0, each of mass 1 on the grid."""
-    density = _DENSITY[:, _MODES - mode :][:, : len(LFC)]
-    return density / density.sum(1, keepdim=True)
+    return _DENSITY[:, _MODES - mode :][:, : len(LFC)] / _MASS[:, [_MODES + mode]]
 
 
-def _mode(curves: Float[Tensor, "genes points"], weights: Float[Tensor, "components"]) -> int:
-    """Return the mode, in steps above 0, of highest posterior density."""
+def _priors(weights: Float[Tensor, "components"], modes: Sequence[int]) -> Float[Tensor, "points modes"]:
+    """Return the prior with each of these modes."""
+    above = torch.tensor(modes)
+    wide = (weights[:, None] / _MASS[:, _MODES + above]).T @ _DENSITY
+    return wide.gather(1, torch.arange(len(LFC)) + (_MODES - above)[:, None]).T
 
-    def best(modes: range) -> int:
-        priors = torch.stack([weights @ _components(mode) for mode in modes], 1)
+
+def _mode(
+    curves: Float[Tensor, "genes points"],
+    rough: Float[Tensor, "genes points"],
+    weights: Float[Tensor, "components"],
+) -> int:
+    """Return the mode, in steps above 0, of highest posterior density; where to look, by `rough` curves."""
+
+    def best(modes: range, curves: Tensor) -> int:
+        priors = _priors(weights, modes).clamp(min=_LEAST32).to(curves.dtype)
         pseudo = torch.logaddexp(-0.5 * (torch.tensor(modes) * _STEP / 0.05) ** 2, torch.tensor(_UNLIKE))
-        return modes[int(((curves @ priors).log_().sum(0) + pseudo).argmax())]
+        height = (curves @ priors).log_().sum(0, dtype=torch.float64)
+        return modes[int((height + pseudo).argmax())]
 
-    coarse = best(range(-_MODES, _MODES + 1, 4))
-    return best(range(max(coarse - 3, -_MODES), min(coarse + 3, _MODES) + 1))
+    coarse = best(range(-_MODES, _MODES + 1, 4), rough)
+    return best(range(max(coarse - 3, -_MODES), min(coarse + 3, _MODES) + 1), curves)
 
 
 def _weights(

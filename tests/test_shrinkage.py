@@ -118,6 +118,23 @@ def test_components_are_those_of_their_mode():
     np.testing.assert_allclose(shrinkage._components(-5)[3], wanted / wanted.sum(), atol=1e-12)
 
 
+@pytest.mark.parametrize("shift", [0.0, -3.2, 1.275])
+def test_the_mode_is_the_best_of_all_there_are(shift):
+    """By trying each; some genes are as narrow as counts make them, some say nothing."""
+    rng = np.random.default_rng(8)
+    se = np.r_[rng.uniform(0.02, 0.5, 200), np.full(50, 30.0)]
+    curves = torch.from_numpy(normal_curves(rng.normal(shift, 0.3, 250) + rng.normal(0, se).clip(-4, 4), se))
+    weights = torch.from_numpy(rng.dirichlet(np.ones(len(shrinkage._SDS))))
+    modes = range(-shrinkage._MODES, shrinkage._MODES + 1)
+    priors = torch.stack([weights @ shrinkage._components(mode) for mode in modes], 1)
+    torch.testing.assert_close(shrinkage._priors(weights, modes), priors, rtol=1e-10, atol=0)
+    step = LFC[1] - LFC[0]
+    alone = np.logaddexp(-0.5 * (np.array(modes) * step / 0.05) ** 2, shrinkage._UNLIKE)
+    height = (curves @ priors).log().sum(0).numpy() + alone
+    rough = curves.float().clamp(min=1e-30)
+    assert shrinkage._mode(curves, rough, weights) == modes[height.argmax()]
+
+
 def test_verbs_of_a_normal_posterior():
     m, s = np.array([0.3, -1.2, 2.0]), np.array([0.2, 0.5, 0.06])
     mass = normal_curves(m, s)
