@@ -29,8 +29,8 @@ contestants take their turn, and ratios are of the times of one round: medians o
 At the start of each round two threads swap halves of 4 MiB, `swap_ms`: the cores of a virtual machine may
 share a cache in one minute and not in the next, which costs half of a small step, and is to be seen there.
 
-Memory: in a fresh process, after Counts and model are built and a fit of 256 cells has loaded what a first
-fit loads, the peak of resident memory during a fit of 70 steps, of which the first are run, one is recorded
+Memory: in a fresh process, after Counts and model are built and a fit of 256 cells, whose steps are replayed
+too, has loaded what a first fit loads, the peak of resident memory during a fit of 70 steps, of which the first are run, one is recorded
 and the rest replayed, with the default validation, less what was resident before: a fit shares the counts, so
 nothing is taken off for them. One copy of the weights (the ones it trains) is taken off; gradients, Adam's
 moments and the weights kept of the best epoch are not. The rest in minibatches' worth: minibatch x genes x 4
@@ -401,7 +401,7 @@ def memory_of_a_fit(job: dict) -> dict:
     data = pyrosc.from_anndata(ad.read_h5ad(job["path"]))
     model = network(data, job["likelihood"])
     few = data[: min(256, data.n_cells)]
-    pyrosc.fit_svi(model, few, epochs=1, minibatch_size=64, device="cpu", progress=False)
+    pyrosc.fit_svi(model, few, epochs=20, minibatch_size=64, device="cpu", progress=False)
     weights = sum(p.nbytes for p in model.parameters())
     epochs = math.ceil(70 * job["minibatch"] / data.n_cells)
     with peak_memory() as peak:

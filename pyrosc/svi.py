@@ -191,10 +191,10 @@ def fit_svi(
     The loss is Pyro's own: with ``kl_weight=1`` and no warm-up a step has the loss and the gradients of
     ``pyro.infer.SVI.step``, divided by the number of cells.
 
-    In a fit of more than fifty steps the programs are run in the first few only. One step's tensor operations are
-    then recorded, compared with the programs on other cells, and replayed, which gives the same bits sooner;
-    but a softmax times a library size and the density of counts around it run as one loop, of which the last
-    digits of float32 are others.
+    In a fit of more than fifty steps the programs are run in the first three only. One step's tensor
+    operations are then recorded, compared with the programs on other cells, and replayed, which gives the
+    same bits sooner; but a softmax times a library size and the density of counts around it run as one loop,
+    of which the last digits of float32 are others.
     Programs that can't be recorded are run in every step; the logger ``pyrosc`` says why, at level INFO. What
     no recording can hold is Python that acts otherwise later on: a program that counts its own calls, say.
     Let such a program look at a number that depends on the cells, ``float(cells.x.sum())``, and it is run in
