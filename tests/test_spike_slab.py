@@ -10,6 +10,7 @@ from pyrosc.tracing import traced
 Q = (torch.tensor([0.5, -2.0, 0.0]), torch.tensor([0.3, 1.5, 1.0]), torch.tensor([2.0, -1.0, 0.0]))
 P = (torch.tensor(0.0), torch.tensor(1.0), torch.tensor(-1.4))
 
+
 def test_the_density_is_a_point_mass_and_a_normal():
     q = SpikeSlab(*Q)
     gamma = 1 / (1 + np.exp(-Q[2].double().numpy()))
@@ -22,6 +23,7 @@ def test_the_density_is_a_point_mass_and_a_normal():
         mass, _ = integrate.quad(slab, -30, 30, points=[float(Q[0][i])])
         assert mass + 1 - gamma[i] == pytest.approx(1, abs=1e-5)
 
+
 def test_draws_have_the_moments_and_exact_zeros():
     torch.manual_seed(0)
     q = SpikeSlab(*Q)
@@ -29,6 +31,7 @@ def test_draws_have_the_moments_and_exact_zeros():
     torch.testing.assert_close((z != 0).float().mean(0), q.inclusion, atol=0.005, rtol=0)
     torch.testing.assert_close(z.mean(0), q.mean, atol=0.01, rtol=0)
     torch.testing.assert_close(z.var(0), q.variance, atol=0.03, rtol=0)
+
 
 def test_relaxed_draws_come_close_to_exact_ones_and_have_gradients():
     torch.manual_seed(0)
@@ -43,6 +46,7 @@ def test_relaxed_draws_come_close_to_exact_ones_and_have_gradients():
     gamma = q.inclusion.detach()
     torch.testing.assert_close(parameters[2].grad, gamma * (1 - gamma) * Q[0], atol=0.03, rtol=0)
 
+
 def test_the_kl_is_the_mean_log_ratio():
     torch.manual_seed(0)
     q, p = SpikeSlab(*Q), SpikeSlab(*P)
@@ -52,12 +56,14 @@ def test_the_kl_is_the_mean_log_ratio():
     assert ((kl_divergence(q, p) - ratio.mean(0)).abs() < 4 * error).all()
     torch.testing.assert_close(kl_divergence(q, q), torch.zeros(3))
 
+
 def test_the_kl_can_be_recorded():
     """No shape in it depends on numbers, as with torch's KL of Bernoulli distributions."""
     graph = traced(
         lambda *q: kl_divergence(SpikeSlab(*q, validate_args=False), SpikeSlab(*P, validate_args=False)), Q
     )
     assert not [node for node in graph.graph.nodes if "index" in str(node.target)]
+
 
 def test_batches_expand():
     q = SpikeSlab(*Q).expand((4, 3))
