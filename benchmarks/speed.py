@@ -30,11 +30,11 @@ At the start of each round two threads swap halves of 4 MiB, `swap_ms`: the core
 share a cache in one minute and not in the next, which costs half of a small step, and is to be seen there.
 
 Memory: in a fresh process, after Counts and model are built and a fit of 256 cells, whose steps are replayed
-too, has loaded what a first fit loads, the peak of resident memory during a fit of 70 steps, of which the
-first are run, one is recorded and the rest replayed, with the default validation, less what was resident
-before: a fit shares the counts, so nothing is taken off for them. One copy of the weights (the ones it
-trains) is taken off; gradients, Adam's moments and the weights kept of the best epoch are not. The rest in
-minibatches' worth: minibatch x genes x 4 bytes.
+too, has loaded what a first fit loads, the peak of resident memory during a fit of 60 to 120 steps: the first
+are run, one is recorded, the rest replayed; with the default validation, less what was resident before. A fit
+shares the counts, so nothing is taken off for them. One copy of the weights (the ones it trains) is taken
+off; gradients, Adam's moments and the weights kept of the best epoch are not. The rest in minibatches' worth:
+minibatch x genes x 4 bytes.
 
 `models` is every model with its defaults (`for_data(data)`; GMVAE with 4 components) in the centre's
 condition, in `--model-pairs` rounds.

@@ -65,7 +65,7 @@ def recorded(
         The same, sooner; what :func:`fuse` puts in rounds otherwise. If the programs could not be recorded,
         or a replay differs from them, the log says why.
     """
-    device, n_state, n_total = weight.device, len(state), cells().n_total
+    device, n_state = weight.device, len(state)
 
     def flat(*tensors: Tensor) -> list[Tensor | None]:
         *arrays, library, weight = tensors[n_state:]
@@ -78,8 +78,11 @@ def recorded(
 
     kept = [tensor.detach().clone() for tensor in state]
     try:
+        some = cells()
+        n_total, arguments = some.n_total, flattened(some, weight)
         with seeded(device, 0):
-            graph = traced(flat, flattened(cells(), weight))
+            graph = traced(flat, arguments)
+        del some, arguments
         _simplify(graph)
 
         def replay(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:

@@ -191,7 +191,7 @@ def fit_svi(
     The loss is Pyro's own: with ``kl_weight=1`` and no warm-up a step has the loss and the gradients of
     ``pyro.infer.SVI.step``, divided by the number of cells.
 
-    In a fit of more than fifty steps the programs are run in the first three only. One step's tensor
+    If more than fifty steps are to come, the programs are run in the first three only. One step's tensor
     operations are then recorded, compared with the programs on other cells, and replayed, which gives the
     same bits sooner; but a softmax times a library size and the density of counts around it run as one loop,
     of which the last digits of float32 are others.

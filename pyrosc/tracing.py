@@ -41,14 +41,18 @@ def traced(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Grap
     Raises
     ------
     RuntimeError
-        If it looks at the numbers in a tensor that depends on the arguments or is random, or the shape of a
-        result depends on them.
+        If it looks at the numbers in a tensor, the shape of a result depends on them, or an operation is
+        given what no graph holds, such as a random generator.
     """
     operations = _Operations(arguments)
     with _NoReading(), operations:
         results = function(*arguments)
     operations.graph.output(tree_map_only(Tensor, operations.node_of, results))
-    return fx.GraphModule(operations.constants, operations.graph)
+    try:
+        return fx.GraphModule(operations.constants, operations.graph)
+    except SyntaxError as error:  # (in what torch.fx has written)
+        msg = "an operation is given what no recording holds, such as a random generator"
+        raise RuntimeError(msg) from error
 
 
 class _Operations(TorchDispatchMode):
@@ -58,7 +62,6 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.graph, self.constants = fx.Graph(), nn.Module()
         self._nodes: Any = WeakTensorKeyDictionary()
-        self._fixed: set[fx.Node] = set()  # the same in each run
         for i, argument in enumerate(arguments):
             self._note(argument, self.graph.placeholder(f"argument_{i}"))
 
@@ -70,43 +73,21 @@ class _Operations(TorchDispatchMode):
         if operator is _aten.lift_fresh.default:  # of a tensor made of numbers, which may be written into
             operator = _aten.lift_fresh_copy.default
         args, kwargs = tuple(args), dict(kwargs or {})
+        _check_shape(operator, args)
         written = tree_map_only(Tensor, self.node_of, (args, kwargs))
-        sources = [node for node in tree_leaves(written) if isinstance(node, fx.Node)]
-        fixed = all(node in self._fixed for node in sources)
-        fixed = fixed and torch.Tag.nondeterministic_seeded not in operator.tags
-        if not fixed:
-            self._check_shape(operator, written[0])
         result = operator(*args, **kwargs)
         if not all(isinstance(part, Tensor | None) for part in tree_leaves(result)):
-            if not fixed:
-                msg = "a program reads the numbers in a tensor, by item(), float(), bool() or if"
-                raise RuntimeError(msg)
-            return result
-        node = self.graph.call_function(operator, *written)
-        if fixed:
-            self._fixed.add(node)
-        self._note(result, node)
-        return result
-
-    def _check_shape(self, operator: Any, args: Any) -> None:
-        """Raise if the shape of a result depends on numbers, which may differ in other runs."""
-        if operator in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
-            others = [index for index in args[1] if index is not None and index not in self._fixed]
-            depends = any(index.meta["made"].dtype in (torch.bool, torch.uint8) for index in others)
-        else:
-            depends = torch.Tag.dynamic_output_shape in operator.tags
-        if depends:
-            msg = f"the shape of a result depends on the data, in {operator}"
+            msg = "a program reads the numbers in a tensor, by item(), float(), bool() or if"
             raise RuntimeError(msg)
+        self._note(result, self.graph.call_function(operator, *written))
+        return result
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return where a tensor was made; one that was there before is a constant."""
         if tensor not in self._nodes:
             name = f"given_{len(self.constants._buffers)}"
             self.constants.register_buffer(name, tensor)
-            node = self.graph.get_attr(name)
-            self._fixed.add(node)
-            self._note(tensor, node)
+            self._note(tensor, self.graph.get_attr(name))
         return self._nodes[tensor]
 
     def _note(self, result: Any, node: fx.Node) -> None:
@@ -117,10 +98,18 @@ class _Operations(TorchDispatchMode):
             return
         for i, part in enumerate(result or ()):
             if part is not None:
-                one = self.graph.call_function(getitem, (node, i))
-                if node in self._fixed:
-                    self._fixed.add(one)
-                self._note(part, one)
+                self._note(part, self.graph.call_function(getitem, (node, i)))
+
+
+def _check_shape(operator: Any, args: Any) -> None:
+    """Raise if the shape of a result depends on numbers, which may differ in other runs."""
+    if operator in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+        depends = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    else:
+        depends = torch.Tag.dynamic_output_shape in operator.tags
+    if depends:
+        msg = f"the shape of a result depends on the data, in {operator}"
+        raise RuntimeError(msg)
 
 
 class _NoReading(TorchFunctionMode):
@@ -128,7 +117,10 @@ class _NoReading(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in ("numpy", "tolist", "__array__"):
+        reads = name in ("numpy", "tolist", "__array__", "__dlpack__")
+        if name in ("tensor", "as_tensor", "asarray") and args and not isinstance(args[0], Tensor):
+            reads = any(isinstance(part, Tensor) for part in tree_leaves(args[0]))
+        if reads:
             msg = f"a program reads the numbers in a tensor, by {name}()"
             raise RuntimeError(msg)
         return function(*args, **(kwargs or {}))

@@ -191,7 +191,7 @@ class _Stepper:
             return [(name, value) for name, value in kept if isinstance(value, int | float)]
 
         before = numbers()
-        with torch.no_grad(), seeded(rows.device, 0):
+        with seeded(rows.device, 0):
             state = [tensor.detach().clone() for tensor in self.state]
             traces(self.problem.model, self.problem.guide, self.problem.train.cells(rows))
         restore(self.state, state)

@@ -170,6 +170,31 @@ def test_a_short_fit_is_not_recorded(data, fit, monkeypatch):
     assert training.RECORD_FOR > STEPS
 
 
+@pytest.mark.parametrize(("steps", "is_recorded"), [(53, False), (54, True)])
+def test_a_fit_with_more_than_fifty_steps_to_come_is_recorded(steps, is_recorded, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "recorded", lambda gradients, *a: seen.append(1) or gradients)
+    settings = SETTINGS | {"epochs": steps, "minibatch_size": data.n_cells}
+    fit_svi(Simple(data.n_genes), data, **settings)
+    assert bool(seen) == is_recorded
+
+
+class Differentiates(Simple):
+    """A gradient within the program."""
+
+    def factor(self, z):
+        at = self.at.detach().clone().requires_grad_()
+        (at**3).sum().backward()
+        return 1.0 + (at.grad * self.at).square().sum()
+
+
+def test_a_program_may_differentiate(fit):
+    make, settings = lambda data: (Differentiates(data.n_genes), None), {"validation": 0.0}
+    run, _, _ = fit(make, record=False, **settings)
+    tried, _, _ = fit(make, record=True, **settings)
+    assert pairs.same_bits(run, tried)
+
+
 def test_the_kl_weight_still_rises_in_replayed_steps(fit):
     settings = {"kl_warmup": 8}
     run, _, _ = fit(small, record=False, **settings)
