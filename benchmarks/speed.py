@@ -27,7 +27,7 @@ contestants take their turn, and ratios are of the times of one round: medians o
 --likelihood makes the product of these lists the grid, each one not given staying at that centre.
 
 At the start of each round two threads swap halves of 4 MiB, `swap_ms`: the cores of a virtual machine may
-share a cache in one minute and not in the next, which costs half of a small step, and is to be seen there.
+share a cache in one minute and not in the next, and a small step is half as long again where they don't.
 
 Memory: in a fresh process, after Counts and model are built and a fit of 256 cells, whose steps are replayed
 too, has loaded what a first fit loads, the peak of resident memory during a fit of 60 to 120 steps: the first

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -137,7 +136,7 @@ def _simplify(graph: fx.GraphModule) -> None:
         if node.op != "call_function":
             continue
         source = node.args[0] if node.args else None
-        same = isinstance(source, fx.Node) and _layout(node) == _layout(source)
+        same = isinstance(source, fx.Node) and node.meta.get("made") == source.meta.get("made")
         if node.target is aten.detach.default or (
             same and node.target in (aten.expand.default, aten.view.default)
         ):
@@ -155,11 +154,6 @@ def _simplify(graph: fx.GraphModule) -> None:
     graph.graph.eliminate_dead_code(acts)
     graph.graph.lint()
     graph.recompile()
-
-
-def _layout(node: fx.Node) -> Any:
-    made: Any = node.meta.get("made")
-    return (made.shape, made.stride) if made is not None else node
 
 
 class CudaGraph:

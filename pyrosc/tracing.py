@@ -72,7 +72,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator is _aten.lift_fresh.default:  # of a tensor made of numbers, which may be written into
             operator = _aten.lift_fresh_copy.default
-        args, kwargs = tuple(args), dict(kwargs or {})
+        kwargs = kwargs or {}
         _check_shape(operator, args)
         written = tree_map_only(Tensor, self.node_of, (args, kwargs))
         result = operator(*args, **kwargs)

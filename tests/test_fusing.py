@@ -168,15 +168,18 @@ def replayed(data, monkeypatch):
         yield replay
 
 
-def assert_same_step(run, replay, rtol=0.0):
-    """To 1e-5 of the largest slope of all, or `rtol` of each."""
+def assert_same_step(run, replay, tipped=0.0):
+    """To 1e-5 of the largest slope of all; a share `tipped` may be the next number of 8 bits."""
     torch.testing.assert_close(run[0], replay[0], rtol=1e-6, atol=0)
     largest = max(float(slope.abs().max()) for slope in run[1:] if slope is not None)
+    beyond = []
     for a, b in zip(run[1:], replay[1:], strict=True):
         if a is None or b is None:
             assert a is b
             continue
-        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5 * largest)
+        torch.testing.assert_close(a, b, rtol=2**-7 if tipped else 0, atol=1e-5 * largest)
+        beyond.append(((a - b).abs() > 1e-5 * largest).flatten())
+    assert torch.cat(beyond).double().mean() <= tipped
 
 
 @pytest.mark.parametrize("library", ["observed", "latent"])
@@ -200,8 +203,8 @@ def test_a_step_of_a_model_is_the_same_with_the_loop(model, likelihood, library,
 def test_logits_of_bfloat16_products_are_written_over_too(likelihood, data, replayed):
     model = VAE.for_data(data, likelihood=likelihood)
     run, replay, n_loops, _ = replayed(model, LinearInBfloat16)
-    # Slopes are rounded to 8 bits: other last digits before that may be the next number after it.
-    assert_same_step(run, replay, rtol=2**-7)
+    # Slopes are rounded to 8 bits: other last digits before that are, now and then, the next number after.
+    assert_same_step(run, replay, tipped=0.01)
     assert n_loops == 1
 
 
