@@ -16,7 +16,7 @@ from pyro.distributions import TorchDistribution
 from torch import nn
 
 import pyrosc
-from pyrosc.distributions import ZeroInflated
+from pyrosc.distributions.counts import ZeroInflated
 
 
 class NaiveZeroInflated(ZeroInflated):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import pyrosc
-from pyrosc.criticism import baseline
+from pyrosc.criticism.baseline import baseline
 
 
 class FactorModel(nn.Module):

@@ -10,14 +10,18 @@ theta inverse dispersion, pi zero inflation. Losses are in nats per cell, fold c
 __version__ = "0.1.0"
 
 from pyrosc import criticism, datasets, distributions
-from pyrosc.asking import draws
-from pyrosc.calibration import NullCalibration, null_calibration
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts
-from pyrosc.differential import compare, differential_expression
-from pyrosc.evidence import LogLikelihood, elbo, log_likelihood
-from pyrosc.imputation import Imputation, impute, impute_proteins
-from pyrosc.interactions import interaction
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import from_anndata
+from pyrosc.differential.calls import compare
+from pyrosc.differential.expression import differential_expression
+from pyrosc.differential.gene_sets import gene_sets
+from pyrosc.differential.interaction import interaction
+from pyrosc.differential.null_calibration import NullCalibration, null_calibration
+from pyrosc.differential.scanpy_export import to_scanpy
+from pyrosc.inference.fit import Fit
+from pyrosc.inference.storage import load
+from pyrosc.inference.svi import fit_svi
 from pyrosc.models import (
     DCA,
     GMVAE,
@@ -33,15 +37,16 @@ from pyrosc.models import (
     AutoZI,
     GaussianVAE,
 )
-from pyrosc.multiple import multiple_imputation
-from pyrosc.persist import load
-from pyrosc.posterior import dropout_probability, latent, posterior_predictive
-from pyrosc.query import fit_query
-from pyrosc.ranking import to_scanpy
-from pyrosc.reading import from_anndata
-from pyrosc.sets import gene_sets
-from pyrosc.states import Clusters, clusters, foreground, inclusion, loadings, predict, zero_inflation
-from pyrosc.svi import Fit, fit_svi
+from pyrosc.posterior.discrete_states import Clusters, clusters, foreground, inclusion, predict
+from pyrosc.posterior.draws import draws
+from pyrosc.posterior.imputation import Imputation
+from pyrosc.posterior.impute import impute, impute_proteins
+from pyrosc.posterior.latent import latent
+from pyrosc.posterior.log_likelihood import LogLikelihood, elbo, log_likelihood
+from pyrosc.posterior.multiple_imputation import multiple_imputation
+from pyrosc.posterior.parameters import loadings, zero_inflation
+from pyrosc.posterior.predictive import dropout_probability, posterior_predictive
+from pyrosc.reference_mapping import fit_query
 
 __all__ = [
     "DCA",

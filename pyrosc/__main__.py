@@ -1,5 +1,5 @@
 """``python -m pyrosc`` is ``pyrosc``."""
 
-from pyrosc.cli import main
+from pyrosc.cli.command import main
 
 main()

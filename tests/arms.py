@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.sparse as sp
 
-from pyrosc.variation import sums
+from pyrosc.differential.group_sums import sums
 
 
 def arms_of(x, group, batch=None):

@@ -70,7 +70,7 @@ def _process_as_before():
 
 @pytest.fixture(scope="session")
 def _simulated():
-    from pyrosc.datasets import simulate, simulate_proteins
+    from pyrosc.datasets.simulate import simulate, simulate_proteins
 
     adata = simulate(200, 40, n_types=3, n_batches=2, de_fraction=0.4, log2_fold_change=2.0, seed=3)
     adata = simulate_proteins(adata, 5, unmeasured_batches=["batch_1"], seed=3)

@@ -31,7 +31,7 @@ def wave(*shape, phase=0.0, size=0.1):
 
 def tensors_of(fit):
     """Every tensor of a fit, by name."""
-    from pyrosc.programs import modules_of
+    from pyrosc.inference.isolation import modules_of
 
     modules = modules_of(fit.program, fit.separate_guide)
     named = {f"{i}.{name}": t for i, m in enumerate(modules) for name, t in m.state_dict().items()}

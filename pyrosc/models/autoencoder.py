@@ -10,13 +10,14 @@ import torch
 from anndata import AnnData
 from torch import nn
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, check_sizes, network
-from pyrosc.priors import Flat
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
-from pyrosc.transforms import Transform, moments_of, transform_of
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.layers import MLP, check_sizes, network
+from pyrosc.nn.priors import Flat
+from pyrosc.nn.transforms import Transform, moments_of, transform_of
 
 
 class Autoencoder(nn.Module):
@@ -75,7 +76,7 @@ class Autoencoder(nn.Module):
         data
             Counts, or an AnnData with counts in X.
         transform
-            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.transforms`.
+            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.nn.transforms`.
         n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Without hidden layers the optimum is the subspace of PCA.
 

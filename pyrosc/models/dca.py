@@ -9,14 +9,15 @@ import torch
 from anndata import AnnData
 from torch import nn
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP, check_sizes
-from pyrosc.priors import Flat
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
-from pyrosc.transforms import LogNormalised
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.layers import MLP, check_sizes
+from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.priors import Flat
+from pyrosc.nn.transforms import LogNormalised
 
 
 class DCA(nn.Module):

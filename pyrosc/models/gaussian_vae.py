@@ -11,13 +11,14 @@ from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.networks import check_sizes, network, normal
-from pyrosc.priors import StandardNormal
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
-from pyrosc.transforms import Transform, moments_of, transform_of
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.layers import check_sizes, network, normal
+from pyrosc.nn.priors import StandardNormal
+from pyrosc.nn.transforms import Transform, moments_of, transform_of
 
 
 class GaussianVAE(nn.Module):
@@ -107,7 +108,7 @@ class GaussianVAE(nn.Module):
             Counts, or an AnnData with counts in X.
         transform
             ``"log"``: log counts at a common library size, standardised; ``"pearson"``: analytic Pearson
-            residuals; ``"raw"``: the counts. See :mod:`pyrosc.transforms`.
+            residuals; ``"raw"``: the counts. See :mod:`pyrosc.nn.transforms`.
         scale
             sigma of all genes, in units of the transformed counts. None: learned, of each gene, from its
             standard deviation on, and at least a twentieth of that.

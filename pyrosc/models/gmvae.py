@@ -9,14 +9,17 @@ from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.library import library_of
-from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import Covariates, Decoder, Encoder, check_sizes
-from pyrosc.priors import Mixture
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.covariates import Covariates
+from pyrosc.nn.encoder_decoder import Decoder, Encoder
+from pyrosc.nn.layers import check_sizes
+from pyrosc.nn.library_size import library_of
+from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.priors import Mixture
 
 _START = 2000  # cells that the mixture's start is found from
 

@@ -13,13 +13,14 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, check_sizes, network, normal
-from pyrosc.priors import StandardNormal
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
-from pyrosc.transforms import Transform, moments_of, transform_of
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.layers import MLP, check_sizes, network, normal
+from pyrosc.nn.priors import StandardNormal
+from pyrosc.nn.transforms import Transform, moments_of, transform_of
 
 
 class SCVIS(nn.Module):
@@ -108,7 +109,7 @@ class SCVIS(nn.Module):
         data
             Counts, or an AnnData with counts in X.
         transform
-            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.transforms`.
+            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.nn.transforms`.
         attraction
             Weight of the neighbours, nats per cell; the number of genes by default, as the source has that of
             its components.

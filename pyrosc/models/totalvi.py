@@ -14,15 +14,18 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.distributions import NegativeBinomial
-from pyrosc.library import library_of
-from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, activation, check_sizes, normal
-from pyrosc.priors import StandardNormal
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.distributions.counts import NegativeBinomial
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.covariates import Covariates
+from pyrosc.nn.encoder_decoder import CellsLinear, Decoder
+from pyrosc.nn.layers import MLP, activation, check_sizes, normal
+from pyrosc.nn.library_size import library_of
+from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.priors import StandardNormal
 
 
 class TOTALVI(nn.Module):

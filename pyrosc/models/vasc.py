@@ -11,12 +11,13 @@ from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyrosc.cells import Cells
-from pyrosc.counts import Counts, Schema
-from pyrosc.networks import MLP, Dropout, check_sizes, normal
-from pyrosc.priors import StandardNormal
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.layers import MLP, Dropout, check_sizes, normal
+from pyrosc.nn.priors import StandardNormal
 
 
 class VASC(nn.Module):

@@ -11,16 +11,19 @@ from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyrosc.cells import Cells
-from pyrosc.components import independent_components
-from pyrosc.counts import Counts, Schema
-from pyrosc.library import library_of
-from pyrosc.likelihoods import Likelihood, likelihood_of
-from pyrosc.networks import MLP, CellsLinear, Covariates, Decoder, check_sizes, trunk
-from pyrosc.priors import PseudoCells
-from pyrosc.random import seeded
-from pyrosc.reading import as_counts
-from pyrosc.spike_slab import SpikeSlab
+from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.read import as_counts
+from pyrosc.data.schema import Schema
+from pyrosc.distributions.spike_slab import SpikeSlab
+from pyrosc.engine.rng import seeded
+from pyrosc.nn.covariates import Covariates
+from pyrosc.nn.encoder_decoder import CellsLinear, Decoder, trunk
+from pyrosc.nn.ica import independent_components
+from pyrosc.nn.layers import MLP, check_sizes
+from pyrosc.nn.library_size import library_of
+from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.priors import PseudoCells
 
 
 class VSC(nn.Module):

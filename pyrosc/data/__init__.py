@@ -1,0 +1,1 @@
+"""AnnData in, Counts out, and Cells, the minibatches that programs see. No Pyro here."""

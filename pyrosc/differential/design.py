@@ -1,0 +1,275 @@
+"""Groups of cells, and the units within which they are compared: batches, or replicates in batches."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+from pyrosc.data.counts import Counts
+from pyrosc.differential.donor_variance import shows_variance
+from pyrosc.differential.group_sums import Arm, sums
+from pyrosc.differential.quasi_likelihood import likelihood
+from pyrosc.inference.fit import Fit
+from pyrosc.posterior.checks import in_order
+
+
+def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:
+    """Return each cell's group as a code, -1 for none, and the groups' names, in the column's order."""
+    if isinstance(groupby, str):
+        if groupby not in data.obs:
+            msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
+            raise KeyError(msg)
+        groupby = data.obs[groupby]
+    groupby = in_order(groupby, data, what)
+    if len(np.shape(groupby)) != 1:
+        kind = type(groupby).__name__
+        msg = f"{what} names a column of obs, or has one value for each cell; {kind} is neither"
+        raise ValueError(msg)
+    if len(groupby) != data.n_cells:
+        msg = (
+            f"{what} has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
+        )
+        raise ValueError(msg)
+    values = pd.Categorical(groupby)
+    return values.codes.astype(np.int64), [str(name) for name in values.categories]
+
+
+def pairs_of(codes: ndarray, names: list[str], group: Any, reference: Any) -> list[tuple[int, int]]:
+    """Return the codes of the groups to compare, -1 for the rest; raise where a comparison makes no sense."""
+    n = dict(zip(names, np.bincount(codes[codes >= 0], minlength=len(names)), strict=True))
+    if not (isinstance(reference, str) or np.isscalar(reference) or reference is None):
+        msg = f'reference is the name of one group, or "rest", not {type(reference).__name__}'
+        raise ValueError(msg)
+    rest = reference == "rest"
+    if rest and "rest" in names:
+        msg = (
+            'a group is called "rest", which also means all other cells: rename it, or name another reference'
+        )
+        raise ValueError(msg)
+    reference = str(reference)
+    if group is None:
+        asked = [name for name in names if n[name] and name != reference]
+    else:
+        asked = [str(name) for name in ([group] if isinstance(group, str) or np.isscalar(group) else group)]
+    if not any(n.values()):
+        msg = "no cell is in a group: groupby has a value, not NaN, for those that are to be compared"
+        raise ValueError(msg)
+    for name in asked + [reference] * (not rest):
+        if name not in n:
+            other = ', or "rest"' if name == reference else ""
+            msg = f"no group {name!r}; there are {', '.join(names)}{other}"
+            raise ValueError(msg)
+    if not asked or reference in asked or len(set(asked)) < len(asked):
+        msg = f"can't compare {asked} with {reference!r}: name other groups, each once, or another reference"
+        raise ValueError(msg)
+    for name in asked + [reference] * (not rest):
+        if n[name] < 2:
+            msg = f"group {name!r} has {n[name]} cells, 2 are needed: leave it out, or merge it with another"
+            raise ValueError(msg)
+    for name in asked if rest else ():
+        if sum(n.values()) - n[name] < 2:
+            msg = f"fewer than 2 cells are outside of {name!r}: a comparison needs two groups of 2 cells each"
+            raise ValueError(msg)
+    return [(names.index(name), -1 if rest else names.index(reference)) for name in asked]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What counts are summed over: batches, or replicates in batches."""
+
+    of_cell: Int[ndarray, "cells"]  # -1: none
+    batch: Int[ndarray, "units"]
+    replicate: Int[ndarray, "units"] | None  # None: units are whole batches
+
+
+def check_batch(fit: Fit, batch: str | None) -> None:
+    """Raise unless it is "average", None, or the name of a batch."""
+    if batch not in (None, "average", *fit.schema.batches):
+        there = ", ".join(fit.schema.batches)
+        msg = f'no batch {batch!r}; the fit knows {there}; or give "average" or None'
+        raise ValueError(msg)
+
+
+def units_of(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> Units:
+    """Return the units of a question, batches being one where they are ignored."""
+    check_batch(fit, batch)
+    batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
+    if replicate_key is None:
+        each = np.arange(1 if batch is None else len(fit.schema.batches))
+        return Units(batches, each, None)
+    replicate, names = groups_of(data, replicate_key, "replicate_key")
+    known = replicate >= 0
+    if not known.any():
+        msg = "no cell has a replicate: replicate_key names a column, or has a value for each cell"
+        raise ValueError(msg)
+    units, of_known = np.unique((batches * len(names) + replicate)[known], return_inverse=True)
+    of_cell = np.full(data.n_cells, -1)
+    of_cell[known] = of_known
+    return Units(of_cell, units // len(names), units % len(names))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two groups of cells, summed over the units in which they can be compared.
+
+    Attributes
+    ----------
+    group, reference : str
+        Names; the reference may be ``"rest"``.
+    codes : tuple of int
+        Of the two; -1 is the rest.
+    side : ndarray of shape (cells,)
+        0 of a cell of the group, 1 of one of its reference, -1 of one that is not compared.
+    a, b : Arm
+        Sums over the cells of side 0 and of side 1, in each unit.
+    stratum : ndarray of shape (units,)
+        Of each unit: those of one stratum have a rate in common.
+    stratum_of_cell : ndarray of shape (cells,)
+        The same of each cell's unit, -1 where it is not compared.
+    within : ndarray of shape (units,)
+        Of each unit, whether it has cells of both sides, in two replicates at least: of a single one nobody
+        knows how its fold change differs from others', so it counts as one of those that have one side.
+    replicates : tuple of int, or None
+        How many replicates either side has, where units are replicates.
+    """
+
+    group: str
+    reference: str
+    codes: tuple[int, int]
+    side: Int[ndarray, "cells"]
+    a: Arm
+    b: Arm
+    stratum: Int[ndarray, "units"]
+    stratum_of_cell: Int[ndarray, "cells"]
+    within: Bool[ndarray, "units"]
+    replicates: tuple[int, int] | None
+
+    @property
+    def replicated(self) -> bool:
+        """Whether conclusions are about cells, or both sides show how far their replicates differ."""
+        return self.replicates is None or min(self.replicates) > 1
+
+    @cached_property
+    def likelihood(self) -> Float[ndarray, "genes points"]:
+        """:func:`pyrosc.differential.quasi_likelihood.likelihood` of each gene's log2 fold change."""
+        if self.replicates is None:
+            return likelihood(self.a, self.b)
+        return likelihood(self.a, self.b, self.stratum, self.within)
+
+
+def comparisons(
+    fit: Fit,
+    data: Counts,
+    *,
+    groupby: Any,
+    group: Any,
+    reference: Any,
+    replicate_key: Any,
+    batch: str | None,
+) -> Iterator[Comparison]:
+    """Return the comparisons that a question asks for, one after the other; see `differential_expression`."""
+    codes, names = groups_of(data, groupby)
+    units = units_of(fit, data, replicate_key, batch)
+    known = np.where(units.of_cell < 0, -1, codes)
+    try:
+        pairs = pairs_of(known, names, group, reference)
+    except ValueError as error:
+        without = [name for code, name in enumerate(names) if code in codes and code not in known]
+        if without:
+            msg = f"{error.args[0]}; no cell of {', '.join(without)} has a value of replicate_key"
+            raise ValueError(msg) from error
+        raise
+    return compared(data, known, names, pairs, units, batch)
+
+
+def compared(
+    data: Counts,
+    codes: Int[ndarray, "cells"],
+    names: Sequence[str],
+    pairs: Iterable[tuple[int, int]],
+    units: Units,
+    batch: str | None,
+) -> Iterator[Comparison]:
+    """Yield a comparison for each pair of codes, the second -1 for the rest; warn of too few replicates.
+
+    Cells without a unit have the code -1.
+    """
+    arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
+    for a, b in pairs:
+        whole = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
+        use, stratum = comparable(*whole, units.batch, batch, data.schema.batches, names[a])
+        arm, other = (each[use] for each in whole)
+        within = _within(arm, other, None if units.replicate is None else units.replicate[use])
+        if within.any() and not (
+            within.all() or shows_variance(arm[~within], other[~within], stratum[~within])
+        ):
+            arm, other = arm[within], other[within]
+            use, stratum, within = (v[within] for v in (use, stratum, within))
+            stratum = np.unique(stratum, return_inverse=True)[1]
+        of_unit = np.full(len(units.batch) + 1, -1)  # (the last is of cells that have none)
+        of_unit[use] = stratum
+        of_cell = of_unit[units.of_cell]
+        side = np.select([of_cell < 0, codes == a, codes >= 0 if b < 0 else codes == b], [-1, 0, 1], -1)
+        reference = "rest" if b < 0 else names[b]
+        n = None
+        if units.replicate is not None:
+            n = count_replicates(arm, other, units.replicate[use])
+            if min(n) < 2:
+                others = min(count_replicates(*whole, units.replicate)) > 1
+                left = (
+                    "; others are in batches of one side only: batch=None ignores batches" if others else ""
+                )
+                warnings.warn(
+                    f"group {names[a]!r} has cells of {n[0]} replicates and its reference of {n[1]} to "
+                    f"compare{left}: how far replicates differ is seen with two of each at least; fold "
+                    "changes and intervals are about these replicates only, and nothing is called",
+                    stacklevel=3,
+                )
+        yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)
+
+
+def _within(a: Arm, b: Arm, replicate: Int[ndarray, "units"] | None) -> Bool[ndarray, "units"]:
+    """Return :attr:`Comparison.within`; none without replicates."""
+    both = (a.cells > 0) & (b.cells > 0)
+    return both & (replicate is not None and len(np.unique(replicate[both])) > 1)
+
+
+def comparable(
+    a: Arm, b: Arm, of_batch: Int[ndarray, "units"], batch: str | None, batches: Sequence[str], name: str
+) -> tuple[Int[ndarray, "used"], Int[ndarray, "used"]]:
+    """Return the units whose means are compared, and their strata: those that have a rate in common.
+
+    A unit that has both sides is compared with itself, the others with those of their batch.
+    """
+    if min(a.n, b.n) < 2:
+        msg = (
+            f"group {name!r} has {a.n} cells and its reference {b.n}, each needs 2 at least: leave it out, "
+            "or merge it with another"
+        )
+        raise ValueError(msg)
+    asked = batch in (None, "average") or of_batch == batches.index(batch)
+    own = -1 - np.arange(len(of_batch))  # no batch has such a code
+    stratum = np.where((a.cells > 0) & (b.cells > 0), own, of_batch)
+    has_both = np.logical_and(*(np.isin(stratum, stratum[arm.cells > 0]) for arm in (a, b)))
+    use = np.flatnonzero(asked & has_both & (a.cells + b.cells > 0))
+    n, m = a[use].n, b[use].n
+    if min(n, m) < 2:
+        where, remedy = f"in batch {batch!r}", 'give another batch, or "average"'
+        if batch in (None, "average"):
+            where, remedy = "in batches that have both", "give batch=None to ignore batches"
+        msg = f"group {name!r} has {n} cells and its reference {m} {where}, each needs 2 at least: {remedy}"
+        raise ValueError(msg)
+    return use, np.unique(stratum[use], return_inverse=True)[1]
+
+
+def count_replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"]) -> tuple[int, int]:
+    """Return how many replicates either side has."""
+    n, m = (len(np.unique(replicate[arm.cells > 0])) for arm in (a, b))
+    return n, m

@@ -1,0 +1,193 @@
+"""engine.cpu.log1p_linear."""
+
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from pyrosc.engine.cpu.gather import _entries
+from pyrosc.engine.cpu.math32 import (
+    _F,
+    _LARGEST,
+    _LN2,
+    _NAN,
+    _NOT_SIGN,
+    _compiled,
+    _in_parallel,
+    _log_parts32,
+    _places,
+)
+from pyrosc.engine.cpu.threads import _shared
+
+_DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
+_PARTS = 8  # of a minibatch, whose entries are listed one after the other
+
+
+@_compiled
+@no_type_check
+def _count(first: int, last: int, x: Any, n_positive: Any) -> None:
+    """Fill in how many entries of rows `first` to `last` are not zero."""
+    for row in range(first, last):
+        n = np.int32(0)
+        bits = x[row].view(np.int32)
+        for j in range(bits.size):
+            n += np.int32((bits[j] & _NOT_SIGN) != 0)
+        n_positive[row] = n
+
+
+@_in_parallel
+@no_type_check
+def _counts(n_shares: int, n_rows: int, x: Any, n_positive: Any) -> None:
+    """Do so for all rows, some at a time on each thread.
+
+    It stands before `_lists` for another reason too: torch's embedding_bag leaves the vector registers of the
+    threads in a state in which scalar code is ten times slower, and the loop here, in vectors, clears it. (So
+    do the copies in `_list` where entries are known.)
+    """
+    for i in numba.prange(n_shares):
+        _count(n_rows * i // n_shares, n_rows * (i + 1) // n_shares, x, n_positive)
+
+
+_counts.alone = _count
+
+
+@_compiled
+@no_type_check
+def _list(first: int, last: int, x: Any, at: Any, start: Any, gene: Any, value: Any, found: Any) -> None:
+    """List genes and log(1 + x) of what is not zero in parts `first` to `last` of the rows.
+
+    Each row from its `start` on; `found` is how often a part has a gene. `at` is where such entries stand
+    already, (first, last, genes, counts), or None.
+    """
+    n_rows, n_parts = x.shape[0], found.shape[0]
+    place = np.empty(x.shape[1] + 1, np.int32)
+    for part in range(first, last):
+        n_found = found[part]
+        n_found[:] = 0
+        for row in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+            genes, values = gene[start[row] : start[row + 1]], value[start[row] : start[row + 1]]
+            if at is None:
+                _places(x[row], place)
+                for i in range(genes.size):
+                    genes[i] = place[i]
+                for i in range(genes.size):
+                    values[i] = x[row, genes[i]]
+            else:
+                genes[:] = at[2][at[0][row] : at[1][row]]
+                values[:] = at[3][at[0][row] : at[1][row]]
+            for i in range(genes.size):
+                u = _F(1) + values[i]
+                e, f, q = _log_parts32(u, values[i])
+                log = _F(e) * _F(_LN2) + (f + f * f * q)
+                values[i] = log if _F(0) < u < _LARGEST else (_NAN if u <= _F(0) else u)
+            for i in range(genes.size):
+                n_found[np.uint32(genes[i])] += 1
+
+
+@_in_parallel
+@no_type_check
+def _lists(
+    n_shares: int, n_parts: int, x: Any, at: Any, start: Any, gene: Any, value: Any, found: Any
+) -> None:
+    """Do so for all parts, some at a time on each thread."""
+    for i in numba.prange(n_shares):
+        first, last = n_parts * i // n_shares, n_parts * (i + 1) // n_shares
+        _list(first, last, x, at, start, gene, value, found)
+
+
+_lists.alone = _list
+
+
+@_compiled
+@no_type_check
+def _add_up(found: Any, by_gene: Any) -> None:
+    """Turn how often parts have genes into where the first of each stands in a list gene by gene."""
+    n = 0
+    for j in range(found.shape[1]):
+        by_gene[j] = n
+        for part in range(found.shape[0]):
+            n, found[part, j] = n + found[part, j], n
+    by_gene[-1] = n
+
+
+@_compiled
+@no_type_check
+def _transpose(
+    first: int, last: int, start: Any, gene: Any, value: Any, free: Any, row_of: Any, value_of: Any
+) -> None:
+    """List the same gene by gene, of parts `first` to `last`, each from what is `free` on."""
+    n_rows, n_parts = start.size - 1, free.shape[0]
+    for part in range(first, last):
+        next_ = free[part]
+        for row in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
+            for i in range(start[row], start[row + 1]):
+                j = np.uint32(gene[i])
+                to = np.uint32(next_[j])
+                next_[j] += 1
+                row_of[to], value_of[to] = row, value[i]
+
+
+@_in_parallel
+@no_type_check
+def _transposes(
+    n_shares: int, n_parts: int, start: Any, gene: Any, value: Any, free: Any, row_of: Any, value_of: Any
+) -> None:
+    """Do so for all parts, some at a time on each thread."""
+    for i in numba.prange(n_shares):
+        first, last = n_parts * i // n_shares, n_parts * (i + 1) // n_shares
+        _transpose(first, last, start, gene, value, free, row_of, value_of)
+
+
+_transposes.alone = _transpose
+
+
+def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
+    """log1p(x) @ weight, for x of which most is zero.
+
+    Parameters
+    ----------
+    x, weight
+        (rows, genes) and (genes, features), float32, contiguous.
+    slope
+        Whether :func:`log1p_linear_slope` will be asked.
+
+    Returns
+    -------
+    tuple of Tensor
+        The product, (rows, features), and what is not zero, listed gene by gene; nothing where too much is.
+    """
+    known = None if x.is_inference() else _entries.get(x)
+    at = None
+    start = torch.zeros(len(x) + 1, dtype=torch.int32)
+    if known and known[0] == x._version:
+        at = tuple(t.numpy() for t in known[1:])
+        np.cumsum(at[1] - at[0], out=start[1:].numpy())
+    else:
+        _shared(_counts, len(x), x.numel(), x.numpy(), start[1:].numpy())
+        start = start.cumsum(0, dtype=torch.int32)
+    n = int(start[-1])
+    listed = (x.new_empty(0, dtype=torch.int32), x.new_empty(0, dtype=torch.int32), x.new_empty(0))
+    if n > _DENSE * x.numel():
+        return torch.log1p(x) @ weight, *listed
+    gene, value = torch.empty(n, dtype=torch.int32), torch.empty(n)
+    n_parts = min(len(x), _PARTS)
+    found = np.empty((n_parts, x.shape[1]), np.int32)
+    arrays = tuple(t.numpy() for t in (start, gene, value))
+    _shared(_lists, n_parts, x.numel(), x.numpy(), at, *arrays, found)
+    if slope:
+        listed = (torch.empty(x.shape[1] + 1, dtype=torch.int32), torch.empty_like(gene), torch.empty(n))
+        by_gene, row_of, value_of = (t.numpy() for t in listed)
+        _add_up(found, by_gene)
+        _shared(_transposes, n_parts, x.numel(), *arrays, found, row_of, value_of)
+    out = embedding_bag(gene, weight, start[:-1], mode="sum", per_sample_weights=value)
+    return out, *listed
+
+
+def log1p_linear_slope(d_out: Tensor, x: Tensor, by_gene: Tensor, row_of: Tensor, value_of: Tensor) -> Tensor:
+    """Gradient in the weight of :func:`log1p_linear`, (genes, features), from that in the product."""
+    if not len(by_gene):
+        return torch.log1p(x).T @ d_out
+    return embedding_bag(row_of, d_out, by_gene[:-1], mode="sum", per_sample_weights=value_of)

@@ -1,0 +1,67 @@
+"""inference.handlers."""
+
+import functools
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrosc.data.minibatch import Cells
+from pyrosc.data.schema import Schema
+from pyrosc.distributions.counts import without
+from pyrosc.inference.contract import Program
+
+
+class LeaveOut(Messenger):
+    """Leaves genes out of the density of the counts, site ``"x"``.
+
+    Parameters
+    ----------
+    kept : Tensor of shape (genes,)
+        True for the genes that stay.
+    """
+
+    def __init__(self, kept: Bool[Tensor, "genes"]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "x" and msg["is_observed"]:
+            kept = self.kept.to(msg["value"].device)
+            msg["fn"] = without(msg["fn"], kept)
+            msg["value"] = torch.where(kept, msg["value"], 0.0)
+
+
+def leaving_out(model: Program, schema: Schema) -> Program:
+    """Return the model without a density of the genes that are absent in the schema."""
+    if not schema.absent:
+        return model
+    kept = torch.as_tensor(schema.present)
+
+    @functools.wraps(model)
+    def run(cells: Cells) -> Any:
+        with LeaveOut(kept):
+            return model(cells)
+
+    run.__self__ = getattr(model, "__self__", model)  # type: ignore[attr-defined]  # whose parts it runs
+    return run
+
+
+class ScaleKL(Messenger):
+    """Scales the log density of every unobserved site, in the model and in the guide: a weight on the KL.
+
+    Parameters
+    ----------
+    weight : float or scalar Tensor
+        More than zero.
+    """
+
+    def __init__(self, weight: float | Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight

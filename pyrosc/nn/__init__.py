@@ -1,0 +1,1 @@
+"""Parts of programs: modules from cells and states to distributions."""

@@ -1,0 +1,202 @@
+"""What a fit says of cells' clusters, codes and proteins, and of genes: clusters, predict, inclusion, ...
+
+Each reads a site, or a property of the program, that some models have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+
+from pyrosc.data.counts import Counts
+from pyrosc.distributions.spike_slab import SpikeSlab
+from pyrosc.inference.fit import Fit
+from pyrosc.posterior.checks import check_proteins, counts_of
+from pyrosc.posterior.draws import draws
+from pyrosc.posterior.missing_genes import asked
+from pyrosc.posterior.sampling import innermost, rows_of, run, seed_of
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Probabilities of each cell's cluster.
+
+    Attributes
+    ----------
+    probability : DataFrame of shape (cells, components)
+        Rows sum to 1.
+    entropy : Series of shape (cells,)
+        Of each row, in nats: 0 is certainty, log(components) none at all.
+    """
+
+    probability: pd.DataFrame
+    entropy: pd.Series
+
+    @property
+    def most_probable(self) -> pd.Series:
+        """Name of each cell's most probable cluster, a categorical Series."""
+        names = self.probability.columns
+        codes = self.probability.to_numpy().argmax(1)
+        return pd.Series(pd.Categorical.from_codes(codes, categories=names), self.probability.index)
+
+    def __repr__(self) -> str:
+        cells, components = self.probability.shape
+        used = self.most_probable.nunique()
+        return (
+            f"Clusters of {cells} cells: {used} of {components} are the most probable of a cell, "
+            f"mean entropy {self.entropy.mean():.2f} nats"
+        )
+
+
+def clusters(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int = 25,
+    *,
+    site: str = "p_y",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Clusters:
+    """Return the posterior probabilities of each cell's cluster y, averaged over draws of its state.
+
+    Parameters
+    ----------
+    fit
+        Of a model with clusters: :class:`~pyrosc.GMVAE`.
+    data, n_draws, parallel, seed
+        See :func:`draws`.
+    site
+        Name of the site of probabilities, (cells, components).
+
+    Raises
+    ------
+    KeyError
+        If the model has no clusters.
+    """
+    data = counts_of(fit, data)
+    try:
+        probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
+    except KeyError as error:
+        models = "pyrosc.GMVAE has clusters, pyrosc.SCANVI labels"
+        msg = f"{error.args[0]}: {models}; name the site of probabilities of a program of your own"
+        raise KeyError(msg) from error
+    probability /= probability.sum(1, keepdims=True)
+    names = data.cell_names
+    columns = [str(i) for i in range(probability.shape[1])]
+    entropy = -np.where(probability > 0, probability * np.log(np.maximum(probability, 1e-300)), 0.0).sum(1)
+    return Clusters(pd.DataFrame(probability, names, columns), pd.Series(entropy, names, name="entropy"))
+
+
+def predict(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int = 25,
+    *,
+    site: str = "p_y",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Clusters:
+    """Return the probabilities of each cell's label, from its counts alone: a label it has is not looked at.
+
+    Parameters
+    ----------
+    fit
+        Of a model that knows labels: :class:`~pyrosc.SCANVI`.
+    data, n_draws, site, parallel, seed
+        See :func:`clusters`.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such site.
+    ValueError
+        If the program knows no labels.
+    """
+    data = counts_of(fit, data)
+    unlabelled = replace(data, labels=np.full(data.n_cells, -1))
+    found = clusters(fit, unlabelled, n_draws, site=site, parallel=parallel, seed=seed)
+    if getattr(fit.program, "n_labels", None) != len(found.probability.columns):
+        msg = (
+            f"{site!r} has probabilities of clusters, not of labels: ask with pyrosc.clusters (a program of "
+            "your own that knows labels says how many by its attribute `n_labels`)"
+        )
+        raise ValueError(msg)
+    return replace(found, probability=found.probability.set_axis(list(fit.schema.labels), axis=1))
+
+
+def inclusion(
+    fit: Fit, data: Counts | anndata.AnnData, *, site: str = "z", parallel: bool = True, seed: int = 0
+) -> np.ndarray:
+    """Return the posterior probability that each number of a cell's code is not 0.
+
+    Parameters
+    ----------
+    fit
+        Of a model with a sparse code: :class:`~pyrosc.VSC`.
+    data, parallel, seed
+        See :func:`draws`.
+    site
+        Name of the code's site.
+
+    Returns
+    -------
+    ndarray of shape (cells, latent)
+        float32.
+
+    Raises
+    ------
+    KeyError
+        If the guide has no such site.
+    TypeError
+        If the guide's distribution of the site is not spike-and-slab.
+    """
+    data, parts = asked(fit, data), []
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
+        with fit.asking(seed_of(seed, i)):
+            guided, _ = run(fit, cells, 1, [], parallel=parallel)
+            if site not in guided[0].nodes:
+                msg = f"the guide samples no site {site!r}: name that of the code"
+                raise KeyError(msg)
+            q = innermost(guided[0].nodes[site]["fn"])
+        if not isinstance(q, SpikeSlab):
+            msg = f"the guide's {site!r} is {type(q).__name__}, whose draws are never 0: fit a VSC"
+            raise TypeError(msg)
+        parts.append(q.inclusion[0].cpu().numpy())
+    return np.concatenate(parts)
+
+
+def foreground(
+    fit: Fit, data: Counts | anndata.AnnData, n_draws: int = 25, *, parallel: bool = True, seed: int = 0
+) -> pd.DataFrame:
+    """Return the posterior probability that a cell has each protein: its counts are not background alone.
+
+    Parameters
+    ----------
+    fit
+        Of :class:`~pyrosc.TOTALVI`, or of another program with a site ``"foreground"``.
+    data, n_draws, parallel, seed
+        See :func:`draws`.
+
+    Returns
+    -------
+    DataFrame of shape (cells, proteins)
+        Given the cell's counts of genes and proteins; of genes alone where the protein was not measured.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such site.
+    """
+    data = counts_of(fit, data)
+    check_proteins(fit)
+    drawn = draws(fit, data, "foreground", n_draws=n_draws, parallel=parallel, seed=seed)
+    return pd.DataFrame(_mean(drawn, "foreground"), data.cell_names, list(fit.schema.proteins))
+
+
+def _mean(stream: Iterator[dict[str, Any]], site: str) -> np.ndarray:
+    """Return the mean over draws, (cells, ...)."""
+    return torch.cat([drawn[site].mean(0) for drawn in stream]).double().cpu().numpy()

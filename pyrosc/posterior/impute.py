@@ -1,0 +1,309 @@
+"""Imputation: what cells express, as a Fit has it, and how sure that is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrosc.data.counts import Counts
+from pyrosc.inference.fit import Fit
+from pyrosc.posterior.checks import batch_codes, check_draws, check_proteins, columns_of, is_between
+from pyrosc.posterior.gamma_poisson import Rates, Size, parts_of, rate_answers, sizes_of
+from pyrosc.posterior.imputation import Imputation, imputation
+from pyrosc.posterior.intervals import (
+    Summary,
+    of_draws,
+    of_logs,
+    of_logs_of_new_counts,
+    of_new_counts,
+    of_rates,
+    of_repaired,
+)
+from pyrosc.posterior.missing_genes import asked
+from pyrosc.posterior.sampling import stream
+
+
+def impute(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    what: str = "share",
+    *,
+    library: Size | None = None,
+    depth: Size | None = None,
+    batch: str | int | None = None,
+    threshold: float | None = None,
+    genes: Sequence[str] | None = None,
+    n_draws: int = 50,
+    interval: float = 0.9,
+    site: str | None = None,
+    parallel: bool = True,
+    seed: int = 0,
+    dtype: str = "float32",
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Imputation:
+    """Return the posterior mean, sd and interval of each cell's expression of each gene.
+
+    Parameters
+    ----------
+    fit, data, parallel, seed
+        See :func:`~pyrosc.draws`.
+    what
+        What the decoder has: ``"share"``, rho, each gene's share of the cell's counts, rows sum to 1; or
+        ``"count"``, the mean count at a library size, l rho (of a zero-inflated model: before dropout).
+
+        What this very cell expresses, the decoder's opinion and the cell's own counts combined (see
+        `gamma_poisson`): ``"rate"``, the mean w of the cell's own count, in counts; ``"log1p"``, the
+        mean of log(1 + w), natural logarithm, by default at a library size of 10^4; or ``"predictive"``, the
+        count x' ~ Poisson(w) of a new measurement of the cell (before dropout), with an interval of whole
+        counts.
+
+        Of a zero-inflated likelihood: ``"repaired"``, the count before dropout. A positive count is as
+        observed, a zero becomes P(dropout given the zero) times the mean count.
+    library
+        Of ``"count"``, ``"rate"``, ``"log1p"`` and ``"predictive"``: the library size, in counts; a number,
+        or one for each cell (a Series is matched by cells' names). By default the cell's own: site ``"l"``,
+        or the observed total where the program has no such site.
+    depth
+        Of ``"log1p"``: the library size of a new measurement; a number, or one for each cell. The answer is
+        then about what people compute of counts, log(1 + library x' / depth), x' the new count at that depth,
+        and not about rates, which a measurement without end would show.
+    batch
+        Name of a batch: expression as if measured there. ``"average"``: the mean over all batches, each draw
+        decoded in each. By default the cell's own. What sets a cell's rate apart from the decoder's mean in
+        its own batch, the factor between them, it takes with it.
+    threshold
+        Of ``"repaired"``: zeros that are dropouts with more than this probability become the mean count, and
+        other zeros stay (the rule of DCA).
+    genes
+        Names of the genes to return, in this order; by default all of the fit's, in the order of `data`. The
+        network decodes all, since shares sum to 1; what is drawn, and its quantiles, are of these alone.
+    n_draws
+        Posterior draws of each cell.
+    interval
+        Probability of the interval between `lower` and `upper`. One of 90% takes 19 draws: with fewer it is
+        from the least to the greatest, and with one it says nothing, nor do `sd` and `information` of
+        shares and counts. One of whole counts has at least this probability.
+    site
+        Name of the site of shares, by default ``"rho"``; unless `what` is one of these two, name of the site
+        of counts, by default ``"x"``.
+    dtype
+        Of the answer: ``"float32"``, or ``"float16"``: half the size, three digits, values up to 65504;
+        intervals are rounded outwards.
+        Shares, most of which are less than it can hold, are not given in it.
+    store
+        Path of a new folder: the answer is written there as four zarr arrays, some cells at a time, and is
+        nowhere in memory as a whole. By default numpy arrays.
+    progress
+        Show a progress bar, of what takes more than two seconds.
+
+    Returns
+    -------
+    Imputation
+        Of ``"rate"``, ``"predictive"`` and ``"repaired"`` the mean is that of the conditional means given
+        each draw of the cell's state, which has less noise than the mean of draws. Of ``"log1p"`` with a
+        `depth` that is so of what small counts add to it.
+
+    Raises
+    ------
+    ValueError
+        If `what` or `dtype` is another one, a gene or batch is unknown, a number is out of range, or a value
+        is too large for float16.
+    FileExistsError, FileNotFoundError
+        If there is something at `store`, or no folder to make it in. On any other error nothing is left
+        there.
+    TypeError
+        If the likelihood is one whose rates are not known, or, to be repaired, without zero inflation.
+
+    Notes
+    -----
+    Parameters of the model are taken as known. A gene that the data of a query lack has the decoder's
+    opinion alone. Imputed values are no counts: put no test to them, but to the fit.
+
+    Posterior means invent correlations between genes: what two genes share through the cell's state stays,
+    and the noise in which they differ is gone. Between independent genes of simulated cells of one type
+    shares are correlated by 0.26 in the mean; rates by 0.63, and by 0.04 once they are logs per 10^4, as
+    counts are by 0.14 and 0.02 (a cell's total is in both). Take none from them: repeat the analysis on each
+    data set of :func:`~pyrosc.multiple_imputation`.
+    """
+    _check_question(what, library, depth, batch, threshold)
+    _check_interval(interval)
+    _check_dtype(dtype, what)
+    check_draws(n_draws)
+    columns = columns_of(fit, data, genes)
+    data = asked(fit, data)
+    at = {"share": 1.0, "log1p": 1e4}.get(what) if library is None else library
+    size = None if at is None else sizes_of(at, data, "library")
+    asking: dict[str, Any] = {"n_draws": n_draws, "batch": batch, "parallel": parallel, "seed": seed}
+    if what in ("share", "count"):
+        answers = _decoded(fit, data, columns, interval, library=size, site=site or "rho", **asking)
+    else:
+        scale = None
+        if size is not None and depth is not None:
+            new = sizes_of(depth, data, "depth")
+            size, scale = new, size / new
+        use = _summary(what, scale, threshold, interval)
+        answers = rate_answers(fit, data, use, columns, library=size, site=site or "x", **asking)
+    unit, names = _unit(what, library, depth, threshold), np.array(fit.schema.genes)[columns]
+    return imputation(
+        answers, unit, interval, data.cell_names, names, dtype=dtype, store=store, progress=progress
+    )
+
+
+def impute_proteins(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    *,
+    batch: str | int | None = None,
+    n_draws: int = 50,
+    interval: float = 0.9,
+    site: str = "protein_mean",
+    parallel: bool = True,
+    seed: int = 0,
+) -> Imputation:
+    """Return the posterior mean, sd and interval of each cell's proteins, without the background.
+
+    Parameters
+    ----------
+    fit
+        Of :class:`~pyrosc.TOTALVI`.
+    data, n_draws, parallel, seed
+        See :func:`~pyrosc.draws`. A protein that was not measured is told from the genes.
+    batch
+        Name of a batch: foreground as if measured there, over the cell's own background. ``"average"``: the
+        mean over all batches. By default the cell's own.
+    interval
+        See :func:`impute`.
+    site
+        Name of the site of the proteins' means.
+
+    Returns
+    -------
+    Imputation
+        In counts; `gene_names` are names of proteins.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such site.
+    ValueError
+        If the batch is unknown, or a number is out of range.
+    """
+    _check_interval(interval)
+    check_draws(n_draws)
+    data = asked(fit, data)
+    check_proteins(fit)
+    streamed = stream(fit, data, (site,), n_draws, batch_codes(fit, batch), parallel=parallel, seed=seed)
+    values = (of_draws(drawn[site].mean(0), interval) for _, drawn in streamed)
+    names = np.array(fit.schema.proteins)
+    return imputation(values, "counts of proteins without background", interval, data.cell_names, names)
+
+
+def _decoded(
+    fit: Fit,
+    data: Counts,
+    columns: np.ndarray,
+    interval: float,
+    *,
+    library: Tensor | None,
+    batch: str | int | None,
+    n_draws: int,
+    site: str,
+    parallel: bool,
+    seed: int,
+) -> Iterator[Summary]:
+    """Summarise l rho, some cells at a time; l is the library size asked for, else each cell's own."""
+    codes, own = batch_codes(fit, batch), library is None
+    streamed = stream(fit, data, (site,), n_draws, codes, parallel=parallel, seed=seed, library=own)
+    for cells, drawn in streamed:
+        l = cells.library if library is None else library.to(cells.x)[cells.index]
+        if "l" in drawn:
+            l = drawn["l"].mean(0)
+            l = l if l.ndim == 3 else l[..., None]  # (draws, cells), or has one more
+        parts = parts_of(columns, n_draws * len(cells))
+        yield torch.cat([of_draws(drawn[site][..., some].mean(0) * l, interval) for some in parts], -1)
+
+
+def _summary(
+    what: str, scale: Tensor | None, threshold: float | None, interval: float
+) -> Callable[[Rates, Tensor, Tensor], Summary]:
+    """Return what summarises rates; `scale`, of each cell, makes new counts what is asked for."""
+
+    def summary(rates: Rates, mean: Tensor, index: Tensor) -> Summary:
+        if what == "rate":
+            return of_rates(rates, mean, interval)
+        if what == "predictive":
+            return of_new_counts(rates, mean, interval)
+        if what == "repaired":
+            return of_repaired(rates, threshold, interval)
+        if scale is None:
+            return of_logs(rates, mean, interval)
+        return of_logs_of_new_counts(rates, mean, scale.to(mean)[index], interval)
+
+    return summary
+
+
+def _unit(what: str, library: Size | None, depth: Size | None, threshold: float | None) -> str:
+    """Return what the numbers are, and their unit."""
+
+    def size(number: Size | None) -> str:
+        if number is None:
+            return "of the cell"
+        return f"{number:g}" if np.ndim(number) == 0 else "given for the cell"
+
+    at = f"library size {size(1e4 if what == 'log1p' and library is None else library)}"
+    logs = "rates of the cell's own counts" if depth is None else f"new counts at depth {size(depth)}, taken"
+    filled = "P(dropout) x mean" if threshold is None else f"the mean where P(dropout) > {threshold}"
+    units = {
+        "share": "share of the cell's counts",
+        "count": f"counts at {at}",
+        "rate": f"rates of the cell's own counts, in counts at {at}",
+        "log1p": f"log1p of {logs} at {at}",
+        "predictive": f"new counts of the cell at {at}",
+        "repaired": f"counts before dropout: as observed, but zeros are {filled}",
+    }
+    return units[what]
+
+
+def _check_question(
+    what: str,
+    library: Size | None,
+    depth: Size | None,
+    batch: str | int | None,
+    threshold: float | None,
+) -> None:
+    """Raise unless these go together."""
+    if what not in ("share", "count", "rate", "log1p", "predictive", "repaired"):
+        msg = f'what must be "share", "count", "rate", "log1p", "predictive" or "repaired", not {what!r}'
+        raise ValueError(msg)
+    if library is not None and what in ("share", "repaired"):
+        msg = f'library goes with what="count", "rate", "log1p" or "predictive", not with {what!r}'
+        raise ValueError(msg)
+    if depth is not None and what != "log1p":
+        msg = f'depth goes with what="log1p", not with {what!r}: new counts are of the library size asked for'
+        raise ValueError(msg)
+    if batch is not None and what == "repaired":
+        msg = f'"repaired" counts are those of their own batch, not of {batch!r}: ask for what="rate" there'
+        raise ValueError(msg)
+    if threshold is not None and (what != "repaired" or not 0 <= threshold <= 1):
+        msg = f'threshold, a probability, goes with what="repaired"; got {threshold!r} with {what!r}'
+        raise ValueError(msg)
+
+
+def _check_dtype(dtype: str, what: str) -> None:
+    if dtype not in ("float32", "float16"):
+        msg = f'dtype must be "float32" or "float16", not {dtype!r}'
+        raise ValueError(msg)
+    if dtype == "float16" and what == "share":
+        msg = 'shares are too small for float16: ask for what="count", library=1e4, or for dtype="float32"'
+        raise ValueError(msg)
+
+
+def _check_interval(interval: float) -> None:
+    if not is_between(interval, 0, 1):
+        msg = f"interval is a probability between 0 and 1, not {interval!r}"
+        raise ValueError(msg)

@@ -1,0 +1,67 @@
+"""posterior.latent."""
+
+import anndata
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrosc.data.counts import Counts
+from pyrosc.inference.fit import Fit
+from pyrosc.posterior.draws import draws
+from pyrosc.posterior.missing_genes import asked
+from pyrosc.posterior.sampling import cells_second, rows_of, run, seed_of, sites_of
+
+
+def latent(
+    fit: Fit,
+    data: Counts | anndata.AnnData,
+    n_draws: int | None = None,
+    *,
+    site: str = "z",
+    parallel: bool = True,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return the posterior mean of the cells' state, or draws of it.
+
+    Parameters
+    ----------
+    fit, data, parallel, seed
+        See :func:`draws`.
+    n_draws
+        By default the mean: of the guide's distribution, averaged over draws of whatever it depends on.
+    site
+        Name of the latent site.
+
+    Returns
+    -------
+    ndarray of shape (cells, latent), or (draws, cells, latent)
+        float32.
+    """
+    if n_draws is not None:
+        stream = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
+        return np.concatenate([drawn[site].cpu().numpy() for drawn in stream], axis=1)
+    data = asked(fit, data)
+    means = []
+    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
+        with fit.asking(seed_of(seed, i)):
+            guided, _ = run(fit, cells, 16, [], parallel=parallel)
+            means.append(torch.stack([_mean(trace, site) for trace in guided]).mean(0).mean(0))
+    return torch.cat(means).cpu().numpy()
+
+
+def _mean(trace: poutine.Trace, name: str) -> Tensor:
+    """Return the mean of a guide's site given what it depends on; its draw where no mean is known."""
+    if name not in trace.nodes:
+        msg = f"the guide has no site {name!r}; it has {sites_of(trace)}"
+        raise KeyError(msg)
+    site = trace.nodes[name]
+    # An autoguide's site is a point at what this site drew; on the real line the two are the same.
+    free = trace.nodes.get(f"{name}_unconstrained")
+    if free is not None and site["fn"].support is constraints.real:
+        site = free
+    try:
+        return cells_second(site["fn"].mean, site)
+    except NotImplementedError:
+        return cells_second(site["value"], site)
