@@ -21,6 +21,7 @@ LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 _STEP = LFC[1] - LFC[0]
 # Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
 _LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
+_BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
 def likelihood(
@@ -167,6 +168,3 @@ def beyond(curves: Float[ndarray, "genes points"], common: float) -> Float[ndarr
     else:
         shifted[:, -by:], shifted[:, :-by] = curves[:, :by], curves[:, :1]
     return shifted
-
-
-_BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
