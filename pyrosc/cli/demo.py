@@ -217,7 +217,7 @@ def _summary(found: _Findings, output: Path, seconds: float) -> str:
         f"{TITLE}: {adata.n_obs} blood cells x {adata.n_vars} genes of one donor (Zheng et al. 2017), "
         f"{len(adata.obs[LABELS].cat.categories)} known cell types",
         f"A VAE was fitted to {n_fitted} of the cells, without their types, in {len(fit.history)} epochs "
-        f"(kept: {fit.settings['best_epoch'] + 1}). All took {seconds:.0f} s.",
+        f"(kept: {fit.found.best_epoch + 1}). All took {seconds:.0f} s.",
         _held_out_text(found),
         _clusters_text(found),
         _genes_text(found),

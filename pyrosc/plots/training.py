@@ -25,7 +25,7 @@ def history(fit: Fit, *, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax, 7, 5)
     losses, epoch = fit.history, fit.history.index + 1
-    best = fit.settings["best_epoch"]
+    best = fit.found.best_epoch
     ax.plot(epoch, losses.train, color=BLUE, label="train (as minimised)")
     if losses.validation.notna().any():
         ax.plot(epoch, losses.validation, color=ORANGE, label="validation")

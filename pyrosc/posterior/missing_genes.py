@@ -15,9 +15,9 @@ from pyrosc.posterior.sampling import innermost, rows_of, run, seed_of
 def asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
     """Return the data as the fit knows it; raise if it has parameters only of the cells it was fitted to."""
     counts = counts_of(fit, data)
-    if fit.settings.get("parameters_of_each_cell") and counts.n_cells != fit.settings["n_train"]:
+    if fit.found.parameters_of_each_cell and counts.n_cells != fit.found.n_train:
         msg = (
-            f"the fit has parameters of each of its {fit.settings['n_train']} cells and can't be asked about "
+            f"the fit has parameters of each of its {fit.found.n_train} cells and can't be asked about "
             f"{counts.n_cells}: ask about all, in the order of the fit, and choose from the answer"
         )
         raise ValueError(msg)

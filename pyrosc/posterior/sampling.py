@@ -96,7 +96,7 @@ def run(
 ) -> tuple[list[poutine.Trace], list[list[poutine.Trace]]]:
     """Run the guide, and the model on what it drew in each batch: once for all draws, or once for each."""
     size, runs = (n_draws, 1) if parallel else (1, n_draws)
-    dim = -1 - fit.settings["plate_nesting"]
+    dim = -1 - fit.found.plate_nesting
     guided, modelled = [], []
     for _ in range(runs):
         guided.append(poutine.trace(_repeated(fit.guide, size, dim)).get_trace(cells))

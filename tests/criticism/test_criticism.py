@@ -98,9 +98,9 @@ def test_settings_go_to_fit_svi():
     fit = baseline(data, epochs=3, validation=0.5, seed=9, progress=False)
     assert len(fit.history) <= 3
     assert fit.settings["seed"] == 9
-    assert fit.settings["n_train"] == 30
+    assert fit.found.n_train == 30
     assert isinstance(fit.history, pd.DataFrame)
-    assert baseline(data, epochs=1, progress=False).settings["n_train"] == 60
+    assert baseline(data, epochs=1, progress=False).found.n_train == 60
     with pytest.raises(ValueError, match="epochs"):
         baseline(data, epochs=0, progress=False)
 

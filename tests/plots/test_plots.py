@@ -72,7 +72,7 @@ def test_importing_the_plots_does_not_import_pyplot():
 def test_history_draws_train_validation_and_the_epoch_kept(fit):
     ax = plots.history(fit)
     lines = {line.get_label(): line for line in ax.lines}
-    best = fit.settings["best_epoch"]
+    best = fit.found.best_epoch
     assert_allclose(lines["train (as minimised)"].get_ydata(), fit.history.train)
     assert_allclose(lines["train (as minimised)"].get_xdata(), [1, 2, 3, 4])
     assert_allclose(lines["validation"].get_ydata(), fit.history.validation)
