@@ -41,13 +41,16 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), np.generic, torch.d
 
 def is_pure(*programs: Any) -> bool:
     """Say whether all programs are pure: by their own word, or made of pyrosc's and torch's parts."""
-    owners = [getattr(program, "__self__", program) for program in programs if program is not None]
-    return all(_is_pure(owner) for owner in owners)
+    return all(_is_pure(program) for program in programs if program is not None)
 
 
-def _is_pure(owner: Any) -> bool:
+def _is_pure(program: Any) -> bool:
+    owner = getattr(program, "__self__", program)
     if (promise := _promise(owner)) is not None:
         return promise
+    if isinstance(owner, functools.partial):  # such as Pyro's handlers make of programs
+        parts = [part for part in (owner.func, *owner.args) if callable(part)]
+        return all(_is_pure(part) for part in parts if not part.__module__.startswith("pyro."))
     if isinstance(owner, AutoGuide):
         return type(owner).__module__.startswith("pyro.") and _is_pure(owner.model)
     if not (isinstance(owner, nn.Module) and type(owner).__module__.startswith("pyrosc.")):
