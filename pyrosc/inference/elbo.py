@@ -4,8 +4,9 @@ Pyro's estimators read their value off the device in every step. Here the same s
 step need not wait, and can be recorded (but for TraceEnum_ELBO, which looks at numbers while it sums out).
 """
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from pyro.infer import (
 )
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -42,6 +44,10 @@ def weighted_loss(
     Value and gradients are those of ``elbo.differentiable_loss``. An estimator that is none of Pyro's
     Trace_ELBO, TraceMeanField_ELBO and TraceEnum_ELBO is asked itself.
     """
+    if isinstance(elbo, RenyiELBO):
+        scaled = ScaleKL(weight)
+        pairs = elbo._get_traces(scaled(model), scaled(guide), (cells,), {})
+        return -_renyi(elbo, pairs) / cells.n_total
     # TraceEnum_ELBO compares the scales of sites as numbers: a tensor's would be a rounded one.
     scaled = ScaleKL(float(weight) if isinstance(elbo, TraceEnum_ELBO) else weight)
     estimate = _ESTIMATES.get(type(elbo))
@@ -55,11 +61,32 @@ def weighted_loss(
     return -torch.as_tensor(sum(particles)) / (elbo.num_particles * cells.n_total)
 
 
+def _renyi(elbo: RenyiELBO, traces: Iterable[tuple[poutine.Trace, poutine.Trace]]) -> Tensor:
+    """Return the bound of Li and Turner (2016), eq. 12: each cell's log mean of its particles' weights.
+
+    Pyro's own has no gradients unless a program names its parameters, by ``pyro.param`` or ``pyro.module``.
+    Sites of the guide must be reparameterised.
+    """
+    particles = []
+    for modelled, guided in traces:
+        axes = get_dependent_plate_dims(modelled.nodes.values())
+        log_p = [torch_sum(site["log_prob"], axes) for site in _sampled(modelled)]
+        log_q = [torch_sum(site["log_prob"], axes) for site in _sampled(guided)]
+        if not all(is_identically_zero(site["score_parts"].score_function) for site in _sampled(guided)):
+            msg = "RenyiELBO takes sites of the guide that are reparameterised: use TraceGraph_ELBO"
+            raise NotImplementedError(msg)
+        particles.append(torch.as_tensor(sum(log_p)) - sum(log_q))
+    at_once = elbo.vectorize_particles and elbo.num_particles > 1
+    log_w = particles[0] if at_once else torch.stack(particles)
+    log_mean = ((1 - elbo.alpha) * log_w).logsumexp(0) - math.log(elbo.num_particles)
+    return log_mean.sum() / (1 - elbo.alpha)
+
+
 def loss_and_gradients(
     elbo: ELBO, model: Program, guide: Program, parameters: Sequence[Tensor]
 ) -> Callable[[Cells, Tensor], tuple[Float[Tensor, ""], list[Tensor | None]]]:
     """Return what gives :func:`weighted_loss` of cells and a KL weight, and its gradients in parameters."""
-    if hasattr(elbo, "differentiable_loss"):
+    if hasattr(elbo, "differentiable_loss") or isinstance(elbo, RenyiELBO):
         return gradients_of(partial(weighted_loss, elbo, model, guide), parameters)
 
     def by_backward(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -118,12 +145,15 @@ def checked_loss(elbo: ELBO, model: Program, guide: Program, cells: Cells) -> Te
     """
     asked: Any = elbo if hasattr(elbo, "differentiable_loss") else Trace_ELBO()
     try:
+        if isinstance(elbo, RenyiELBO):
+            with validating(on=True):
+                return weighted_loss(elbo, model, guide, cells)
         with validating(on=True), warnings.catch_warnings():
             # What is deterministic in a guide alone, such as probabilities to be asked for, is no fault.
             warnings.filterwarnings("ignore", "Found non-auxiliary vars in guide")
             return asked.differentiable_loss(model, guide, cells)
     except (NotImplementedError, ValueError) as error:
-        name = type(asked).__name__
+        name = type(elbo).__name__
         msg = f"{name} refuses these programs: {error}. Give another estimator, elbo=pyro.infer.Trace_ELBO"
         raise ValueError(msg) from error
 
