@@ -6,6 +6,7 @@ An import that others imply is left out: a room that imports models may import a
 import ast
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
@@ -77,7 +78,8 @@ def main() -> None:
         ax.text(-0.4, middle, name, rotation=90, ha="right", linespacing=1.0, va="center", fontsize=10)
     ax.set(xlim=(-1.2, 8.8), ylim=(-len(ROOMS) + 0.4, 0.6))
     ax.axis("off")
-    figure.savefig(HERE / "architecture.svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyrosc"}):
+        figure.savefig(HERE / "architecture.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
