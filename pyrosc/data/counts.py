@@ -1,4 +1,4 @@
-"""Counts of all cells, with what is known of each, and the Schema of names that a fit keeps. No Pyro here."""
+"""Counts of all cells, with what is known of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +33,19 @@ class Counts:
     proteins : ndarray of shape (cells, proteins)
         Counts of surface proteins, float32; -1 is one that was not measured.
     schema : Schema
+
+    Examples
+    --------
+    Cells are selected as in numpy; the names of genes and categories stay.
+
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(100, 20, n_batches=2)
+    >>> data = pyrosc.from_anndata(adata, batch_key="batch")
+    >>> some = data[data.batch == 0]
+    >>> some.n_cells, some.n_genes, some.schema.batches
+    (50, 20, ('batch_0', 'batch_1'))
+    >>> some.obs["batch"].unique().tolist()
+    ['batch_0']
     """
 
     x: sp.csr_array

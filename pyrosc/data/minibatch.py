@@ -34,6 +34,20 @@ class Cells:
         Continuous covariates, in their own units.
     proteins : Tensor of shape (cells, proteins)
         Counts of surface proteins; -1 is one that was not measured.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> import torch
+    >>> data = pyrosc.from_anndata(pyrosc.datasets.simulate(100, 20, n_batches=2), batch_key="batch")
+    >>> cells = data.on("cpu").cells(torch.tensor([3, 0, 8]))
+    >>> cells.x.shape, cells.library.shape, cells.n_total
+    (torch.Size([3, 20]), torch.Size([3, 1]), 100)
+
+    As if they were measured in the second batch:
+
+    >>> cells.in_batch(1).batch
+    tensor([1, 1, 1])
     """
 
     x: Float[Tensor, "cells genes"]

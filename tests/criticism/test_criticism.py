@@ -49,7 +49,7 @@ def test_one_draw_is_exact():
     data = simulate(50, 20, seed=1)
     fit = baseline(data, epochs=3, progress=False)
     one, many = (pyrosc.log_likelihood(fit, data, n_draws=n) for n in (1, 7))
-    np.testing.assert_allclose(one.nats, many.nats, rtol=1e-6)
+    np.testing.assert_allclose(one.nats, many.nats, rtol=1e-5)  # float32 sums over the genes
     np.testing.assert_allclose(many.ess, 7, rtol=1e-5)
 
 

@@ -343,7 +343,8 @@ def test_draws_in_blocks_are_summarised_as_all_of_them_together(adata, fit, monk
     together = together.loc[table.index]
     ends = ["lfc_lower", "lfc_upper"]
     exact = [name for name in together if name not in ends]
-    pd.testing.assert_frame_equal(table[exact], together[exact], check_names=False, rtol=1e-6)
+    # Means of a thousand float32 numbers of size 1, summed in another order; some are near 0.
+    pd.testing.assert_frame_equal(table[exact], together[exact], check_names=False, rtol=1e-6, atol=1e-6)
     off = (table[ends] - together[ends]).div(together.lfc_sd, axis=0)
     assert off.abs().max().max() < 0.1
     places = [fit.schema.genes.index(name) for name in table.index]

@@ -57,7 +57,8 @@ def test_a_step_has_the_loss_and_the_gradients_of_pyros_svi(data, elbo, likeliho
     with isolated(CPU, 3, pairs.empty_params()):
         ours = weighted_loss(elbo(), vae.model, vae.guide, cells)
     ours.backward()
-    assert float(ours.detach()) * data.n_cells == pytest.approx(theirs, rel=1e-6)
+    # A float32 sum, in another order.
+    assert float(ours.detach()) * data.n_cells == pytest.approx(theirs, rel=1e-5)
     parameters = dict(vae.named_parameters())
     assert set(gradients) == {id(p) for p in parameters.values()}
     for name, p in parameters.items():
