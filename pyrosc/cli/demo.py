@@ -1,4 +1,4 @@
-"""The command ``pyrosc``: ``pyrosc demo`` fits real cells and writes down what it found."""
+"""``pyrosc demo``: fits real cells and writes down what it found."""
 
 import sys
 import time

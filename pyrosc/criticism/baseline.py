@@ -1,4 +1,4 @@
-"""Is the fit any good? A model without structure to compare with, and counts to score imputation on."""
+"""A model without structure to compare with: all cells are alike."""
 
 from typing import Any
 

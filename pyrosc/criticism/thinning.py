@@ -1,4 +1,4 @@
-"""criticism.thinning."""
+"""Counts split in two, as if the cells had been sequenced twice."""
 
 import numpy as np
 import scipy.sparse as sp

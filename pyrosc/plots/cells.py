@@ -1,4 +1,4 @@
-"""plots.cells."""
+"""Cells in two dimensions: their layout, drawn by label."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from pyrosc.plots.style import GREY, MARKERS, PALETTE, _axes
+from pyrosc.plots.style import GREY, MARKERS, PALETTE, axes_or_new
 
 
 def layout(latent: Float[np.ndarray, "cells latent"], *, seed: int = 0) -> Float[np.ndarray, "cells 2"]:
@@ -69,7 +69,7 @@ def embedding(
     if len(known) != len(xy):
         msg = f"{len(xy)} cells but {len(known)} labels"
         raise ValueError(msg)
-    ax = _axes(ax, 7.5, 4.8)
+    ax = axes_or_new(ax, 7.5, 4.8)
     size = float(np.clip(12000 / max(1, len(xy)), 2, 22))
     if (known.codes < 0).any():
         missing = xy[known.codes < 0]

@@ -1,8 +1,4 @@
-"""Pictures of a fit, a latent space, an imputation, a table: matplotlib, without pyplot.
-
-Every function draws into the Axes it is given, or into a new figure, and returns the Axes; nothing global is
-read or changed. To keep a picture: ``plots.history(fit).figure.savefig("history.png")``.
-"""
+"""What a question about differential expression found: volcano, calibration."""
 
 from typing import Any
 
@@ -13,7 +9,7 @@ from matplotlib.path import Path
 from matplotlib.transforms import Bbox, BboxBase
 
 from pyrosc.differential.null_calibration import NullCalibration
-from pyrosc.plots.style import BLUE, GREY, ORANGE, _axes
+from pyrosc.plots.style import BLUE, GREY, ORANGE, axes_or_new
 
 
 def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) -> Axes:
@@ -41,7 +37,7 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
     if len(pairs) != 1:
         msg = f"the table holds {len(pairs)} comparisons: give one, e.g. table[table.group == ...]"
         raise ValueError(msg)
-    ax = _axes(ax, 7, 5)
+    ax = axes_or_new(ax, 7, 5)
     group, reference = pairs.iloc[0]
     lfc, called = table.lfc_mean.to_numpy(), table.is_de.to_numpy(dtype=bool)
     evidence = np.abs(lfc) / table.lfc_sd.to_numpy()
@@ -75,7 +71,7 @@ def calibration(result: NullCalibration, *, interval: float = 0.9, ax: Axes | No
     ax
         Axes to draw into; by default a new figure's.
     """
-    ax = _axes(ax, 5.5, 4.5)
+    ax = axes_or_new(ax, 5.5, 4.5)
     table = result.table(interval)
     top = 1.15 * max(table.upper.max(), table.nominal.max())
     ax.plot([0, top], [0, top], color=GREY, lw=1, zorder=1, label="realised = nominal")

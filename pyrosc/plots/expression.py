@@ -1,4 +1,4 @@
-"""plots.expression."""
+"""Expression imputed and observed, gene by gene and group by group."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""plots.style."""
+"""What the pictures share: colours, markers, new axes."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ MARKERS = "os^Dv"
 GREY = "0.6"
 
 
-def _axes(ax: Axes | None, width: Number, height: Number) -> Axes:
+def axes_or_new(ax: Axes | None, width: Number, height: Number) -> Axes:
     """Return `ax`, or the axes of a new figure of a size in inches."""
     if ax is None:
         ax = Figure(figsize=(width, height), layout="constrained").subplots()

@@ -1,8 +1,10 @@
-"""posterior.draws."""
+"""draws: the primitive that every question could be written with."""
 
 from collections.abc import Iterator
 
 import anndata
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from pyrosc.data.counts import Counts
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import batch_code, check_draws
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import stream
+from pyrosc.posterior.sampling import posterior_draws
 
 
 def draws(
@@ -60,7 +62,18 @@ def draws(
     data = asked(fit, data)
     code = batch_code(fit, batch)
     check_draws(n_draws)
-    return (
-        {name: values[0] for name, values in drawn.items()}
-        for _, drawn in stream(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
-    )
+    drawn = posterior_draws(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
+    return ({name: values[0] for name, values in some.items()} for some in drawn)
+
+
+def mean_over_draws(drawn: Iterator[dict[str, Tensor]], site: str) -> np.ndarray:
+    """Return the mean over the draws of a site, (cells, ...), float64.
+
+    Parameters
+    ----------
+    drawn
+        Of :func:`draws`.
+    site
+        Name of one of its sites.
+    """
+    return torch.cat([some[site].mean(0) for some in drawn]).double().cpu().numpy()

@@ -6,8 +6,8 @@ import numpy as np
 from pyrosc.data.read import IMPUTED
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import check_draws, columns_of
-from pyrosc.posterior.gamma_poisson import Size, rate_answers, sizes_of
 from pyrosc.posterior.missing_genes import asked
+from pyrosc.posterior.rates_given_counts import Size, map_rates, sizes_of
 
 
 def multiple_imputation(
@@ -68,7 +68,7 @@ def multiple_imputation(
     places = columns_of(fit, data, None)
     counts = asked(fit, data)
     x, done = np.empty((m, counts.n_cells, len(places)), np.float32), 0
-    for w in rate_answers(
+    for w in map_rates(
         fit,
         counts,
         lambda rates, mean, _: mean * rates.draw_factor(),

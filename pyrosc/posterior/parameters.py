@@ -1,4 +1,4 @@
-"""posterior.parameters."""
+"""What a fit says of genes, without cells: loadings, zero_inflation."""
 
 import pandas as pd
 from torch import Tensor
