@@ -63,6 +63,18 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
     References
     ----------
     Lotfollahi et al., Mapping single-cell data to reference atlases by transfer learning, 2022.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(90, 30, n_batches=3, seed=0)
+    >>> is_new = adata.obs["batch"] == "batch_2"
+    >>> reference = pyrosc.from_anndata(adata[~is_new], batch_key="batch")
+    >>> vae = pyrosc.VAE.for_data(reference, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, reference, epochs=2, progress=False)
+    >>> query = pyrosc.fit_query(fit, adata[is_new], epochs=2, progress=False)
+    >>> query.schema.batches, pyrosc.latent(query, adata).shape
+    (('batch_0', 'batch_1', 'batch_2'), (90, 2))
     """
     check_fit(fit)
     schema, counts = _extended(fit.schema, data)

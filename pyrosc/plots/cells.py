@@ -26,6 +26,14 @@ def layout(latent: Float[np.ndarray, "cells latent"], *, seed: int = 0) -> Float
     -------
     ndarray of shape (cells, 2)
         float32. Of t-SNE only who is near to whom has a meaning: no distance between groups has.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyrosc import plots
+    >>> latent = np.random.default_rng(0).normal(size=(30, 10)).astype("float32")
+    >>> plots.layout(latent).shape
+    (30, 2)
     """
     n, width = latent.shape
     if width > 2 and n >= 20:
@@ -64,6 +72,14 @@ def embedding(
     ------
     ValueError
         If there are not as many labels as cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyrosc import plots
+    >>> ax = plots.embedding(np.arange(8.0).reshape(4, 2), ["B", "T", "T", None])
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['unlabelled (1)', 'B (1)', 'T (2)']
     """
     known = pd.Categorical(labels).remove_unused_categories()
     if len(known) != len(xy):

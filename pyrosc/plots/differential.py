@@ -28,6 +28,23 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
     ------
     ValueError
         If the table lacks a column, or holds several comparisons.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from pyrosc import plots
+    >>> table = pd.DataFrame(
+    ...     {
+    ...         "gene": ["CD19", "CD3D"],
+    ...         "group": "B",
+    ...         "reference": "rest",
+    ...         "lfc_mean": [3.0, -0.1],
+    ...         "lfc_sd": [0.5, 0.4],
+    ...         "is_de": [True, False],
+    ...     }
+    ... )
+    >>> [text.get_text() for text in plots.volcano(table).texts]
+    ['CD19']
     """
     needed = ["gene", "group", "reference", "lfc_mean", "lfc_sd", "is_de"]
     if missing := [name for name in needed if name not in table]:
@@ -70,6 +87,16 @@ def calibration(result: NullCalibration, *, interval: float = 0.9, ax: Axes | No
         Probability of the intervals drawn.
     ax
         Axes to draw into; by default a new figure's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pyrosc
+    >>> from pyrosc import plots
+    >>> calls = np.array([[0, 0], [0, 1], [0, 0], [0, 0]])  # of four permutations, at two nominal rates
+    >>> result = pyrosc.NullCalibration(np.array([0.05, 0.1]), calls, n_rows=40)
+    >>> plots.calibration(result).get_xlabel()
+    'nominal false discovery rate'
     """
     ax = axes_or_new(ax, 5.5, 4.5)
     table = result.table(interval)

@@ -22,6 +22,16 @@ def history(fit: Fit, *, ax: Axes | None = None) -> Axes:
     -------
     Axes
         Of the losses, in nats per cell, lower is better.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> from pyrosc import plots
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> plots.history(fit).get_ylabel()
+    'loss, nats per cell'
     """
     ax = axes_or_new(ax, 7, 5)
     losses, epoch = fit.history, fit.history.index + 1

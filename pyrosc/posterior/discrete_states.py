@@ -26,6 +26,15 @@ class Clusters:
         Rows sum to 1.
     entropy : Series of shape (cells,)
         Of each row, in nats: 0 is certainty, log(components) none at all.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> import pyrosc
+    >>> probability = pd.DataFrame([[0.9, 0.1], [0.5, 0.5]], ["cell_0", "cell_1"], ["0", "1"])
+    >>> entropy = pd.Series([0.33, 0.69], probability.index)
+    >>> pyrosc.Clusters(probability, entropy).most_probable.to_dict()
+    {'cell_0': '0', 'cell_1': '0'}
     """
 
     probability: pd.DataFrame
@@ -71,6 +80,15 @@ def clusters(
     ------
     KeyError
         If the model has no clusters.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.GMVAE.for_data(adata, n_latent=2, hidden=(8,), n_components=3)
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> pyrosc.clusters(fit, adata).probability.shape
+    (60, 3)
     """
     data = counts_of(fit, data)
     try:
@@ -111,6 +129,16 @@ def predict(
         If the model has no such site.
     ValueError
         If the program knows no labels.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> data = pyrosc.from_anndata(adata, labels_key="cell_type")
+    >>> model = pyrosc.SCANVI.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, data, epochs=2, progress=False)
+    >>> list(pyrosc.predict(fit, data).probability.columns)
+    ['type_0', 'type_1', 'type_2', 'type_3']
     """
     data = counts_of(fit, data)
     unlabelled = replace(data, labels=np.full(data.n_cells, -1))
@@ -149,6 +177,15 @@ def inclusion(
         If the guide has no such site.
     TypeError
         If the guide's distribution of the site is not spike-and-slab.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.VSC.for_data(adata, n_latent=2, hidden=(8,), branch=4)
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> pyrosc.inclusion(fit, adata).shape
+    (60, 2)
     """
 
     def probability(_: Cells, runs: list[Run]) -> np.ndarray:

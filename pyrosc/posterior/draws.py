@@ -58,6 +58,16 @@ def draws(
         If the batch is unknown, `n_draws` is below 1, or the data does not suit the fit.
     KeyError
         If there is no such site.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> for drawn in pyrosc.draws(fit, adata, "z", "rho", n_draws=5):
+    ...     print({site: tuple(values.shape) for site, values in drawn.items()})
+    {'z': (5, 60, 2), 'rho': (5, 60, 30)}
     """
     data = asked(fit, data)
     code = batch_code(fit, batch)

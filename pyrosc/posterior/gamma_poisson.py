@@ -1,4 +1,4 @@
-r"""Rates: what a count says of its own mean, by conjugacy.
+r"""Gamma-Poisson conjugacy: what a count says of its own rate.
 
 A negative binomial count is a Poisson whose rate is the decoder's mean times a factor of this very cell::
 
@@ -7,7 +7,7 @@ A negative binomial count is a Poisson whose rate is the decoder's mean times a 
 With u summed out x is NB(mu, theta); given x the factor is Gamma(theta + x, theta + mu), so that w is
 Gamma(theta + x, theta / mu + 1), and the count of a new measurement of the cell, x' ~ Poisson(w), is
 negative binomial with inverse dispersion theta + x. The factor of a Poisson is 1. A count that says nothing
-of its rate, one that dropped out or was not measured, leaves the factor as it was.
+of its rate, a zero of the inflation component or one that was not measured, leaves the factor as it was.
 """
 
 from collections.abc import Iterator
@@ -36,8 +36,8 @@ class Rates:
     inverse_dispersion : Tensor of shape (draws, cells, genes), or None
         theta; None of a Poisson.
     hidden : Tensor of shape (draws, cells, genes)
-        Probability that the count says nothing of its rate: of a zero, that it is a dropout; 1 of a gene that
-        was not measured.
+        Probability that the count says nothing of its rate: 0 of a positive count; of a zero, the posterior
+        probability that it came from the inflation component, a dropout; 1 of a gene that was not measured.
     """
 
     likelihood: Any

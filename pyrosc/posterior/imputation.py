@@ -33,6 +33,18 @@ class Imputation:
         What the numbers are, and their unit.
     interval : float
     cell_names, gene_names : ndarray of str
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.impute(fit, adata, interval=0.8)
+    >>> imputed.mean.shape, imputed.unit
+    ((60, 30), "share of the cell's counts")
+    >>> bool((imputed.lower <= imputed.upper).all())
+    True
     """
 
     mean: Array
@@ -58,6 +70,16 @@ class Imputation:
         One less the entry's posterior variance over the gene's total variance over these cells, the mean
         posterior variance and the variance of posterior means. 0 where the entry is less sure than a random
         cell would be, and of a gene without any variance. Shape (cells, genes), float32.
+
+        Examples
+        --------
+        >>> import pyrosc
+        >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+        >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+        >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+        >>> information = pyrosc.impute(fit, adata).information
+        >>> information.shape, bool(information.min() >= 0), bool(information.max() <= 1)
+        ((60, 30), True, True)
         """
         variance = np.asarray(self.sd, np.float64) ** 2
         total = variance.mean(0) + np.asarray(self.mean).var(0, dtype=np.float64)
@@ -80,6 +102,16 @@ class Imputation:
         ------
         ValueError
             If a cell or gene was not imputed, names are not unique, or there is such a layer of other values.
+
+        Examples
+        --------
+        >>> import pyrosc
+        >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+        >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+        >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+        >>> pyrosc.impute(fit, adata).to_layer(adata, "imputed")
+        >>> adata.layers["imputed"].shape, adata.uns["pyrosc_imputed"]
+        ((60, 30), {'imputed': "posterior mean of share of the cell's counts"})
         """
         noted = dict(adata.uns.get(IMPUTED, {}))
         if name == "X" or (name in adata.layers and name not in noted):

@@ -58,11 +58,11 @@ def impute(
         What the decoder has: ``"share"``, rho, each gene's share of the cell's counts, rows sum to 1; or
         ``"count"``, the mean count at a library size, l rho (of a zero-inflated model: before dropout).
 
-        What this very cell expresses, the decoder's opinion and the cell's own counts combined (see
-        `gamma_poisson`): ``"rate"``, the mean w of the cell's own count, in counts; ``"log1p"``, the
-        mean of log(1 + w), natural logarithm, by default at a library size of 10^4; or ``"predictive"``, the
-        count x' ~ Poisson(w) of a new measurement of the cell (before dropout), with an interval of whole
-        counts.
+        What this very cell expresses, the decoder's opinion and the cell's own counts combined by conjugacy
+        (`pyrosc.posterior.gamma_poisson`): ``"rate"``, the mean w of the cell's own count, in counts;
+        ``"log1p"``, the mean of log(1 + w), natural logarithm, by default at a library size of 10^4; or
+        ``"predictive"``, the count x' ~ Poisson(w) of a new measurement of the cell (before dropout), with an
+        interval of whole counts.
 
         Of a zero-inflated likelihood: ``"repaired"``, the count before dropout. A positive count is as
         observed, a zero becomes P(dropout given the zero) times the mean count.
@@ -127,10 +127,20 @@ def impute(
     opinion alone. Imputed values are no counts: put no test to them, but to the fit.
 
     Posterior means invent correlations between genes: what two genes share through the cell's state stays,
-    and the noise in which they differ is gone. Between independent genes of simulated cells of one type
-    shares are correlated by 0.26 in the mean; rates by 0.63, and by 0.04 once they are logs per 10^4, as
-    counts are by 0.14 and 0.02 (a cell's total is in both). Take none from them: repeat the analysis on each
-    data set of :func:`~pyrosc.multiple_imputation`.
+    and the noise in which they differ is gone; rates of a cell moreover rise and fall with its total. Take no
+    correlations from them: repeat the analysis on each data set of :func:`~pyrosc.multiple_imputation`.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.impute(fit, adata)
+    >>> imputed.mean.shape, bool(abs(imputed.mean.sum(1) - 1).max() < 1e-4)
+    ((60, 30), True)
+    >>> pyrosc.impute(fit, adata, "count", library=1e4, genes=["gene_3"]).unit
+    'counts at library size 10000'
     """
     _check_question(what, library, depth, batch, threshold)
     check_interval(interval)

@@ -42,6 +42,17 @@ def latent(
     -------
     ndarray of shape (cells, latent), or (draws, cells, latent)
         float32.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> pyrosc.latent(fit, adata).shape
+    (60, 2)
+    >>> pyrosc.latent(fit, adata, n_draws=5).shape
+    (5, 60, 2)
     """
     if n_draws is not None:
         drawn = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)

@@ -32,6 +32,13 @@ class LogLikelihood:
         Effective sample size of the importance weights, 1 to `n_draws`: a cell with an ess near 1 is
         described badly by the guide, and its estimate is too low.
     n_draws : int
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pyrosc
+    >>> pyrosc.LogLikelihood(nats=np.array([-100.0, -90.0]), ess=np.array([5.0, 3.0]), n_draws=10)
+    LogLikelihood(-95.00 nats per cell, 2 cells, 10 draws, median ess 4.0)
     """
 
     nats: np.ndarray
@@ -80,6 +87,16 @@ def log_likelihood(
     References
     ----------
     Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> answer = pyrosc.log_likelihood(fit, adata, n_draws=10)
+    >>> answer.nats.shape, bool(answer.ess.max() <= 10)
+    ((60,), True)
     """
     check_draws(n_draws)
 
@@ -119,6 +136,15 @@ def elbo(
         ``kl_<site>``, log q less log p at the draws. Where the prior of a site is a mixture, its KL is split
         into ``kl_y``, of the component given the draw, and ``kl_<site>``, of the site given the component.
         Sites outside the plate of cells, and terms that are no density, are left out.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> list(pyrosc.elbo(fit, adata).columns)
+    ['elbo', 'reconstruction', 'kl_z', 'kl_l']
     """
     data = asked(fit, data)
     check_draws(n_draws)

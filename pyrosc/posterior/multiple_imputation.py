@@ -60,6 +60,18 @@ def multiple_imputation(
     References
     ----------
     Rubin, Multiple imputation for nonresponse in surveys, 1987.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.multiple_imputation(fit, adata, 3)
+    >>> [part.shape for part in imputed]
+    [(60, 30), (60, 30), (60, 30)]
+    >>> imputed[0].uns["pyrosc_imputed"]
+    {'X': "posterior draw 1 of 3 of the rates of the cells' own counts"}
     """
     if not isinstance(data, anndata.AnnData):
         msg = f"data must be an AnnData, of which copies are made, not {type(data).__name__}"

@@ -43,6 +43,16 @@ def posterior_predictive(
     list of csr_matrix of shape (cells, genes)
         One for each draw, float32. Columns are the fit's genes in the order of `data`, so that of an AnnData
         with just these genes each can become a layer. A site that is not of the genes stays as it is.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> [new] = pyrosc.posterior_predictive(fit, adata)
+    >>> new.shape, new.format
+    ((60, 30), 'csr')
     """
     check_draws(n_draws)
     parts: list[list[sp.csr_matrix]] = [[] for _ in range(n_draws)]
@@ -92,6 +102,16 @@ def dropout_probability(
     ------
     TypeError
         If the likelihood has no zero inflation.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,), likelihood='zinb')
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> probability = pyrosc.dropout_probability(fit, adata)
+    >>> probability.shape, float(probability[adata.X.toarray() > 0].max())
+    ((60, 30), 0.0)
     """
     check_draws(n_draws)
     columns = torch.as_tensor(columns_of(fit, data, genes), device=fit.device)

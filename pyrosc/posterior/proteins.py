@@ -35,6 +35,16 @@ def foreground(
     ------
     KeyError
         If the model has no such site.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate_proteins(pyrosc.datasets.simulate(60, 30, seed=0), 4)
+    >>> data = pyrosc.from_anndata(adata, protein_key="protein_expression")
+    >>> model = pyrosc.TOTALVI.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, data, epochs=2, progress=False)
+    >>> pyrosc.foreground(fit, data).shape
+    (60, 4)
     """
     data = counts_of(fit, data)
     _check_proteins(fit)
@@ -80,6 +90,17 @@ def impute_proteins(
         If the model has no such site.
     ValueError
         If the batch is unknown, or a number is out of range.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate_proteins(pyrosc.datasets.simulate(60, 30, seed=0), 4)
+    >>> data = pyrosc.from_anndata(adata, protein_key="protein_expression")
+    >>> model = pyrosc.TOTALVI.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, data, epochs=2, progress=False)
+    >>> imputed = pyrosc.impute_proteins(fit, data)
+    >>> imputed.mean.shape, imputed.unit
+    ((60, 4), 'counts of proteins without background')
     """
     check_interval(interval)
     check_draws(n_draws)
