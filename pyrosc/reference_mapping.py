@@ -90,9 +90,8 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
         raise TypeError(msg)
     if schema.absent:
         counts = completed(replace(fit, program=program, schema=schema), counts)
-        program, grown = _grown(
-            fit, counts
-        )  # what is read off the data, such as totals, is of whole cells now
+        # What is read off the data, such as totals, is of whole cells now.
+        program, grown = _grown(fit, counts)
     query = fit_svi(program, counts, **settings)
     for module, name in grown:
         remove_parametrizations(query.program.get_submodule(module), name)

@@ -4,8 +4,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Number = float | int  # beartype does not take 5 for a float
-BLUE, ORANGE, SKY, GREEN = "#0072B2", "#D55E00", "#56B4E9", "#009E73"
-PALETTE = (BLUE, "#E69F00", GREEN, "#CC79A7", SKY, ORANGE, "#332288", "#999933", "black", "#882255")
+BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
+PALETTE = (BLUE, "#E69F00", "#009E73", "#CC79A7", SKY, ORANGE, "#332288", "#999933", "black", "#882255")
 """Okabe and Ito's colours, which colour-blind readers tell apart, with indigo, olive and wine for yellow."""
 MARKERS = "os^Dv"
 GREY = "0.6"

@@ -17,7 +17,7 @@ from pyrosc.posterior.intervals import Summary
 
 _CHUNK = 2**20  # entries that are written to disk together
 
-Array = Any
+_Array = Any
 """A numpy array, or one of zarr."""
 
 
@@ -47,10 +47,10 @@ class Imputation:
     True
     """
 
-    mean: Array
-    sd: Array
-    lower: Array
-    upper: Array
+    mean: _Array
+    sd: _Array
+    lower: _Array
+    upper: _Array
     unit: str
     interval: float
     cell_names: np.ndarray
@@ -149,7 +149,7 @@ def imputation(
     if store is not None:
         _make(Path(store))
         answers = _blocks(answers, _CHUNK // len(gene_names))
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, _Array] = {}
     done = 0
     try:
         with tqdm(total=len(cell_names), desc="impute", unit="cell", delay=2, disable=not progress) as bar:
@@ -193,7 +193,7 @@ def _make(folder: Path) -> None:
         raise FileExistsError(msg) from error
 
 
-def _arrays(store: str | Path | None, shape: tuple[int, int], n_rows: int, dtype: str) -> dict[str, Array]:
+def _arrays(store: str | Path | None, shape: tuple[int, int], n_rows: int, dtype: str) -> dict[str, _Array]:
     """Return room for each part of the answer; on disk in chunks of as many cells as come at a time."""
     parts = ("mean", "sd", "lower", "upper")
     if store is None:

@@ -13,7 +13,7 @@ from pyrosc.posterior.gamma_poisson import Rates, zero_inflated
 Summary = Float[Tensor, "4 cells genes"]
 """Mean, sd, lower and upper."""
 
-FEW = 6
+_FEW = 6
 """Counts below this one are summed over, not drawn."""
 
 
@@ -59,15 +59,15 @@ def of_logs_of_new_counts(rates: Rates, mean: Tensor, scale: Tensor, interval: f
     scale : Tensor of shape (cells, 1)
         Of a new count.
     """
-    chances = [p.mean(0) for p in rates.chances(mean, FEW)]
+    chances = [p.mean(0) for p in rates.chances(mean, _FEW)]
     new = new_counts(mean * rates.draw_factor())
-    logs, many = torch.log1p(scale * new), new >= FEW
+    logs, many = torch.log1p(scale * new), new >= _FEW
     n_many = many.sum(0)
 
     def expected(f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the mean of f: each small count by its chance, those above by their mean among the draws."""
         of_many = torch.where(many, f(logs), 0.0).sum(0) / n_many.clamp_min(1)
-        of_many = torch.where(n_many > 0, of_many, f(torch.log1p(scale * FEW)))
+        of_many = torch.where(n_many > 0, of_many, f(torch.log1p(scale * _FEW)))
         of_few = sum(p * f(torch.log1p(scale * k)) for k, p in enumerate(chances))
         return of_few + (1 - torch.stack(chances).sum(0)).clamp_min_(0) * of_many
 

@@ -27,13 +27,13 @@ from pyrosc.posterior.sampling import (
     site_of,
 )
 
-CACHED = 2**20
+_CACHED = 2**20
 """Draws x cells x genes whose rates are worked out at a time."""
 
-Columns = slice | Tensor
+_Columns = slice | Tensor
 """Places of genes."""
 
-Site = dict[str, Any]
+_Site = dict[str, Any]
 """A site of a trace."""
 
 Size = float | int | Sequence | np.ndarray | pd.Series
@@ -100,7 +100,7 @@ def map_rates(
         scales = [1] * len(codes) if to is None else to / library_of(runs, cells)
         own, *others = zip(counts, scales, strict=True)
 
-        def answer(some: Columns) -> Tensor:
+        def answer(some: _Columns) -> Tensor:
             there = [counts.mean(some) * scale for counts, scale in others or [own]]
             return use(own[0].rates(some, present), torch.stack(there).mean(0), cells.index)
 
@@ -109,9 +109,9 @@ def map_rates(
     return map_runs(fit, data, read, n_draws, codes, parallel=parallel, seed=seed)
 
 
-def parts_of(columns: np.ndarray, n_rows: int) -> Iterator[Columns]:
+def parts_of(columns: np.ndarray, n_rows: int) -> Iterator[_Columns]:
     """Yield some columns at a time, of which `n_rows` rows stay in the processor's cache."""
-    size = max(1, CACHED // n_rows)
+    size = max(1, _CACHED // n_rows)
     for start in range(0, len(columns), size):
         some = columns[start : start + size]
         whole = slice(int(some[0]), int(some[-1]) + 1)
@@ -130,19 +130,19 @@ class _Counts:
         Of each run: mu, theta and the log odds of dropout; None of a distribution without.
     """
 
-    sites: Sequence[Site]
+    sites: Sequence[_Site]
     parameters: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
     @classmethod
-    def of(cls, sites: Sequence[Site]) -> "_Counts":
+    def of(cls, sites: Sequence[_Site]) -> "_Counts":
         """Return what there is in these."""
         return cls(sites, [_parameters(innermost(site["fn"])) for site in sites])
 
-    def mean(self, columns: Columns) -> Float[Tensor, "draws cells n"]:
+    def mean(self, columns: _Columns) -> Float[Tensor, "draws cells n"]:
         """Return the mean counts before dropout."""
         return _cellwise(self.sites, [mean for mean, _, _ in self.parameters], columns)
 
-    def rates(self, columns: Columns, present: Bool[Tensor, "genes"]) -> Rates:
+    def rates(self, columns: _Columns, present: Bool[Tensor, "genes"]) -> Rates:
         """Return the rates behind the counts of these genes."""
         x = _cellwise(self.sites, [site["value"] for site in self.sites], columns)
         _, thetas, gates = zip(*self.parameters, strict=True)
@@ -177,7 +177,7 @@ def _parameters(counts: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     raise TypeError(msg)
 
 
-def _cellwise(sites: Sequence[Site], values: Sequence[Any], columns: Columns) -> Tensor:
+def _cellwise(sites: Sequence[_Site], values: Sequence[Any], columns: _Columns) -> Tensor:
     """Return columns of what each site has of every entry, (draws, cells, columns)."""
     shapes = [site["fn"].batch_shape + site["fn"].event_shape for site in sites]
     whole = zip(values, shapes, sites, strict=True)

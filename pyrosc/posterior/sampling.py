@@ -20,13 +20,13 @@ from pyrosc.data.minibatch import Cells
 from pyrosc.inference.contract import is_plate
 from pyrosc.inference.fit import Fit
 
-ELEMENTS = 2**23
+_ELEMENTS = 2**23
 """Draws x cells x genes that are decoded at a time."""
 
-OWN_BATCH = (None,)
+_OWN_BATCH = (None,)
 """Each cell is decoded in the batch that it is of."""
 
-Answer = TypeVar("Answer")
+_Answer = TypeVar("Answer")
 
 
 class Run(NamedTuple):
@@ -48,8 +48,8 @@ class Run(NamedTuple):
 
 
 def map_minibatches(
-    fit: Fit, data: Counts, ask: Callable[[Cells], Answer], n_decoded: int, *, seed: int
-) -> Iterator[Answer]:
+    fit: Fit, data: Counts, ask: Callable[[Cells], _Answer], n_decoded: int, *, seed: int
+) -> Iterator[_Answer]:
     """Yield the answer to a question about each minibatch of cells, in the order of the data.
 
     Parameters
@@ -74,16 +74,16 @@ def map_minibatches(
 def map_runs(
     fit: Fit,
     data: Counts,
-    read: Callable[[Cells, list[Run]], Answer],
+    read: Callable[[Cells, list[Run]], _Answer],
     n_draws: int,
-    codes: Sequence[int | None] = OWN_BATCH,
+    codes: Sequence[int | None] = _OWN_BATCH,
     *,
     parallel: bool,
     seed: int,
-) -> Iterator[Answer]:
+) -> Iterator[_Answer]:
     """Yield what `read` makes of each minibatch and of the runs of guide and model on it: see :func:`run`."""
 
-    def ask(cells: Cells) -> Answer:
+    def ask(cells: Cells) -> _Answer:
         return read(cells, run(fit, cells, n_draws, codes, parallel=parallel))
 
     return map_minibatches(fit, data, ask, n_draws * len(codes), seed=seed)
@@ -94,7 +94,7 @@ def posterior_draws(
     data: Counts,
     sites: Sequence[str],
     n_draws: int,
-    codes: Sequence[int | None] = OWN_BATCH,
+    codes: Sequence[int | None] = _OWN_BATCH,
     *,
     parallel: bool,
     seed: int,
@@ -110,7 +110,7 @@ def posterior_draws(
 
 def _minibatch_size(fit: Fit, n_decoded: int) -> int:
     """Return how many cells are asked about at a time."""
-    return min(1024, max(1, ELEMENTS // (max(1, n_decoded) * len(fit.schema.genes))))
+    return min(1024, max(1, _ELEMENTS // (max(1, n_decoded) * len(fit.schema.genes))))
 
 
 def _seed_of_minibatch(seed: int, i: int) -> int:
@@ -121,7 +121,7 @@ def _seed_of_minibatch(seed: int, i: int) -> int:
 
 
 def run(
-    fit: Fit, cells: Cells, n_draws: int, codes: Sequence[int | None] = OWN_BATCH, *, parallel: bool
+    fit: Fit, cells: Cells, n_draws: int, codes: Sequence[int | None] = _OWN_BATCH, *, parallel: bool
 ) -> list[Run]:
     """Run the guide, and the model on what it drew in each batch: once for all draws, or once for each.
 

@@ -92,7 +92,7 @@ FIELDS = ("mean", "sd", "lower", "upper")
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_on_disk_are_the_numbers_of_memory(vae_fit, data, adata, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(sampling, "ELEMENTS", 3 * 40 * 30)  # 30 cells at a time, and the last 20
+    monkeypatch.setattr(sampling, "_ELEMENTS", 3 * 40 * 30)  # 30 cells at a time, and the last 20
     monkeypatch.setattr(imputation, "_CHUNK", 40 * 50)  # 60 are written at a time
     asked = {"what": "count", "n_draws": 3, "dtype": dtype}
     memory = impute(vae_fit, data, **asked)
@@ -121,7 +121,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(vae_fit, few, tmp
     assert [path.name for path in there.iterdir()] == ["kept"]
     with pytest.raises(FileNotFoundError, match=r"no folder .*none to make new in: make it first"):
         impute(vae_fit, few, store=tmp_path / "none" / "new")
-    monkeypatch.setattr(sampling, "ELEMENTS", 1)
+    monkeypatch.setattr(sampling, "_ELEMENTS", 1)
     monkeypatch.setattr(imputation, "_CHUNK", 1)
     place, seen = tmp_path / "new", []
 
@@ -168,7 +168,7 @@ def test_answers_that_are_not_finite_are_refused_by_the_cell(bad):
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_progress_bar_is_of_what_takes_long(slow, few, vae_fit, capsys, monkeypatch):
-    monkeypatch.setattr(sampling, "ELEMENTS", 1)
+    monkeypatch.setattr(sampling, "_ELEMENTS", 1)
     monkeypatch.setattr(imputation, "tqdm", lambda **kw: tqdm(**kw | {"delay": 0 if slow else kw["delay"]}))
     impute(vae_fit, few, n_draws=2)
     assert ("12/12" in capsys.readouterr().err) == slow

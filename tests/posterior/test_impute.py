@@ -300,7 +300,7 @@ def test_a_library_size_of_each_cell_is_that_of_its_row(what, monkeypatch, vae_f
     np.testing.assert_array_equal(impute(vae_fit, few, what, library=named, n_draws=n).mean, imputed.mean)
     with pytest.raises(ValueError, match="library is a Series whose names are not those of the cells"):
         impute(vae_fit, few, what, library=named[1:])
-    monkeypatch.setattr(sampling, "ELEMENTS", 1)  # a cell at a time
+    monkeypatch.setattr(sampling, "_ELEMENTS", 1)  # a cell at a time
     pieces = impute(vae_fit, few, what, library=sizes, n_draws=n)
     assert np.max(np.abs(pieces.mean - imputed.mean) / (imputed.sd * np.sqrt(2 / n))) < 6
 

@@ -168,7 +168,7 @@ def test_genes_chosen_are_those_columns_and_streaming_changes_no_mean(monkeypatc
     assert list(some.gene_names) == ["g3", "g0"]
     turned = impute(fit, adata[:, ::-1].copy(), "rate", n_draws=5)
     np.testing.assert_allclose(turned.mean, whole.mean[:, ::-1], rtol=1e-6)
-    monkeypatch.setattr(sampling, "ELEMENTS", 1)  # a cell at a time
+    monkeypatch.setattr(sampling, "_ELEMENTS", 1)  # a cell at a time
     pieces = impute(fit, adata, "rate", n_draws=5)
     np.testing.assert_allclose(pieces.mean, whole.mean, rtol=1e-6)
 

@@ -112,7 +112,7 @@ def test_a_program_that_can_not_broadcast_is_asked_one_draw_at_a_time(data, few)
 
 
 def test_two_fits_are_asked_in_turns(vae_fit, rich_fit, data, rich, monkeypatch, untouched):
-    monkeypatch.setattr(sampling, "ELEMENTS", 40 * 40 * 2)  # forty cells at a time
+    monkeypatch.setattr(sampling, "_ELEMENTS", 40 * 40 * 2)  # forty cells at a time
     alone = [
         stacked(draws(fit, d, "rho", n_draws=2), "rho") for fit, d in ((vae_fit, data), (rich_fit, rich))
     ]
@@ -126,7 +126,7 @@ def test_two_fits_are_asked_in_turns(vae_fit, rich_fit, data, rich, monkeypatch,
 
 
 def test_the_consumer_of_a_stream_runs_with_its_own_random_numbers_and_store(data, monkeypatch):
-    monkeypatch.setattr(sampling, "ELEMENTS", 40 * 40)
+    monkeypatch.setattr(sampling, "_ELEMENTS", 40 * 40)
     model, guide = pairs.two_functions(data.n_genes)
     fit = pyrosc.fit_svi(model, data, guide=guide, epochs=1, progress=False)
     torch.manual_seed(3)
@@ -146,7 +146,7 @@ def test_nothing_of_the_size_of_draws_cells_and_genes_is_held(vae_fit, data, mon
         return original(fit, cells, n_draws, *args, **kwargs)
 
     monkeypatch.setattr(sampling, "run", watched)
-    monkeypatch.setattr(sampling, "ELEMENTS", 5 * 40 * 10)
+    monkeypatch.setattr(sampling, "_ELEMENTS", 5 * 40 * 10)
     asked = {
         "impute": lambda: impute(vae_fit, data, n_draws=10),
         "average": lambda: impute(vae_fit, data, n_draws=10, batch="average"),
@@ -166,7 +166,7 @@ def test_streaming_in_small_pieces_changes_no_answer(vae_fit, data, monkeypatch)
     whole = impute(vae_fit, data, n_draws=300)
     nats = log_likelihood(vae_fit, data, 300)
     mean = latent(vae_fit, data)
-    monkeypatch.setattr(sampling, "ELEMENTS", 40 * 300 * 7)
+    monkeypatch.setattr(sampling, "_ELEMENTS", 40 * 300 * 7)
     pieces = impute(vae_fit, data, n_draws=300)
     error = np.sqrt(whole.sd**2 / 300 * 2) + 1e-9
     assert np.max(np.abs(whole.mean - pieces.mean) / error) < 6
