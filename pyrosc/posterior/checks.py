@@ -1,4 +1,4 @@
-"""posterior.checks."""
+"""Arguments of questions, checked: the fit, its cells, genes and batches, numbers of draws."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -21,16 +21,6 @@ def check_fit(fit: Any) -> None:
             "one; it stands first, before the data"
         )
         raise TypeError(msg)
-
-
-def check_proteins(fit: Fit) -> None:
-    """Raise if the fit knows none."""
-    if not fit.schema.proteins:
-        msg = (
-            f"this {type(fit.program).__name__} knows no proteins: fit a TOTALVI to "
-            'from_anndata(..., protein_key="...")'
-        )
-        raise KeyError(msg)
 
 
 def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
@@ -84,6 +74,13 @@ def check_draws(n_draws: Any, name: str = "n_draws") -> None:
         raise TypeError(msg)
     if n_draws < 1:
         msg = f"{name} must be at least 1, not {n_draws}"
+        raise ValueError(msg)
+
+
+def check_interval(interval: Any) -> None:
+    """Raise unless it is the probability of an interval."""
+    if not is_between(interval, 0, 1):
+        msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)
 
 
