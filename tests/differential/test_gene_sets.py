@@ -110,7 +110,7 @@ def test_errors_that_go_together_are_summed_over_pairs():
 def test_cells_looked_at_some_at_a_time_say_the_same(monkeypatch):
     adata, some, _ = simulated(0, n=300, n_sets=3, program=0.5, batches=True)
     _, table = ask(adata, some)
-    monkeypatch.setattr("pyrosc.sets._CELLS", 37)
+    monkeypatch.setattr("pyrosc.differential.gene_sets._CELLS", 37)
     _, other = ask(adata, some)
     pd.testing.assert_frame_equal(other, table)
 
@@ -122,7 +122,7 @@ def test_no_more_than_a_block_of_cells_is_held(monkeypatch):
     fit = fit_svi(NoStructure.for_data(data), data, epochs=1, progress=False)
     peaks = []
     for cells in (100, 3000):
-        monkeypatch.setattr("pyrosc.sets._CELLS", cells)
+        monkeypatch.setattr("pyrosc.differential.gene_sets._CELLS", cells)
         tracemalloc.start()
         try:
             gene_sets(fit, data, some, groupby="side", group="1")
