@@ -6,8 +6,8 @@ from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 
+from pyrosc.data.alignment import in_order as in_order
 from pyrosc.data.counts import Counts
 from pyrosc.data.read import as_counts
 from pyrosc.inference.fit import Fit
@@ -31,35 +31,6 @@ def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
         msg = "no cells: the selection is empty"
         raise ValueError(msg)
     return counts
-
-
-def in_order(values: Any, data: Counts, what: str) -> Any:
-    """Return one value for each cell as they are; a Series that has the cells' names in the cells' order.
-
-    Parameters
-    ----------
-    values
-        A Series with other names, a number or an array is taken as it is.
-    data
-        Counts.
-    what
-        Name of the argument.
-
-    Raises
-    ------
-    ValueError
-        If a Series has names of some cells, but not of each once.
-    """
-    if not (isinstance(values, pd.Series) and values.index.isin(data.cell_names).any()):
-        return values
-    names = pd.Index(data.cell_names)
-    if not (names.is_unique and values.index.is_unique and set(values.index) == set(names)):
-        msg = (
-            f"{what} is a Series whose names are not those of the cells, each once: give its values, "
-            ".to_numpy(), if they are in the cells' order, or make names unique, obs_names_make_unique()"
-        )
-        raise ValueError(msg)
-    return values.loc[names]
 
 
 def is_between(value: Any, low: Any, high: Any) -> bool:

@@ -100,6 +100,14 @@ WRONG = {
     "pyrosc.gene_sets(fit, adata, ['0'], groupby='side')": "ValueError: sets is a dict of lists",
     "pyrosc.gene_sets(fit, adata, {'a': 0}, groupby='side')": "ValueError: sets is a dict of lists",
     "pyrosc.differential_expression(fit, adata, groupby=None)": "ValueError: groupby names a column of obs",
+    "pyrosc.differential_expression(fit, groupby='side')": "TypeError: the data is missing: it stands second",
+    "pyrosc.differential_expression(adata, fit, groupby='side')": "put to a Fit, not to AnnData",
+    "pyrosc.differential_expression(model, groupby='side')": "must be an AnnData or pyrosc.Counts, not VAE",
+    "pyrosc.differential_expression(adata)": "differential_expression() missing 1 required keyword-only",
+    "pyrosc.gene_sets(adata, fit, {'a': ['0']}, groupby='side')": "put to a Fit, not to AnnData",
+    "pyrosc.gene_sets(adata, groupby='side')": "ValueError: sets is a dict of lists",
+    "pyrosc.gene_sets(fit, {'a': ['0']}, groupby='side')": "must be an AnnData or pyrosc.Counts, not dict",
+    "pyrosc.gene_sets({'a': ['0']}, adata, groupby='side')": "must be an AnnData or pyrosc.Counts, not dict",
     "pyrosc.to_scanpy(adata, None)": "the table of differential_expression stands first, then adata",
 }
 """What is said of them, where nothing checks types: in a process without the tests' hook."""
