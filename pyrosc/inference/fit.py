@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyrosc.data.schema import Schema
+from pyrosc.inference import storage
 from pyrosc.inference.contract import Program, pair
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import isolated, modules_of
@@ -83,9 +84,7 @@ class Fit:
         FileExistsError
             If the directory holds something that is no saved fit.
         """
-        from pyrosc.inference.storage import save
-
-        save(self, directory)
+        storage.save(self, directory)
 
     def __repr__(self) -> str:
         name = type(self.program).__name__ if isinstance(self.program, nn.Module) else "program"
@@ -95,3 +94,44 @@ class Fit:
             f"Fit({name}, {len(self.schema.genes)} genes, {len(self.history)} epochs, "
             f"{loss:.1f} nats per cell, {self.device})"
         )
+
+
+def load(directory: str | Path, model: Any = None, guide: Any = None, *, device: str = "auto") -> Fit:
+    """Read a saved fit. Nothing is trained, and no code in the files is run.
+
+    Parameters
+    ----------
+    directory
+        Of :meth:`pyrosc.Fit.save`.
+    model, guide
+        For programs that ``for_data`` of one of pyrosc's models did not make, or whose attributes were
+        changed afterwards: the model and the guide, built as for :func:`~pyrosc.fit_svi`; their parameters
+        are overwritten in copies of them.
+    device
+        ``"auto"`` takes CUDA where there is one.
+
+    Returns
+    -------
+    Fit
+        It answers every question with the same bits as the fit that was saved, on the same kind of device.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no saved fit.
+    ValueError
+        If the fit was written by a newer pyrosc, needs a model and got none, or the model is another one.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 20)
+    >>> fit = pyrosc.fit_svi(pyrosc.VAE.for_data(adata), adata, epochs=1, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit.save(folder)
+    ...     again = pyrosc.load(folder)
+    >>> (pyrosc.latent(again, adata) == pyrosc.latent(fit, adata)).all()
+    np.True_
+    """
+    return Fit(**storage.read(directory, model, guide, device))
