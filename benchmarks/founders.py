@@ -117,7 +117,7 @@ def run_job(folder: Path) -> None:
     if job["name"] == "DCA":
         np.savez(folder / "answer.npz", **predicted(fit, test))
     elif test is None:
-        best = fit.history.iloc[fit.settings["best_epoch"]]
+        best = fit.history.iloc[fit.found.best_epoch]
         found["validation"] = float(best.validation)
         np.savez(folder / "answer.npz", cluster=pyrosc.clusters(fit, train).most_probable.cat.codes)
     else:

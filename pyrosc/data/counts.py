@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,15 @@ class Counts:
         """Each gene's share of all counts, shape (genes,), with a count added to each gene: none is zero."""
         total = np.asarray(self.x.sum(axis=0), dtype=np.float64).ravel() + 1
         return total / total.sum()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the counts and of the names of cells and genes, 16 hexadecimal digits."""
+        digest = blake2b(digest_size=8)
+        for array in (self.x.indptr.astype(np.int64), self.x.indices.astype(np.int64), self.x.data):
+            digest.update(np.ascontiguousarray(array).view(np.uint8))
+        digest.update("\n".join([*map(str, self.cell_names), *self.schema.genes]).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.n_cells

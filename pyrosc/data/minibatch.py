@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from pyrosc.engine.backends import kernels
 
@@ -77,6 +78,17 @@ class Cells:
     def in_batch(self, code: int) -> "Cells":
         """Return the same cells as if measured in another experimental batch (a counterfactual)."""
         return replace(self, batch=torch.full_like(self.batch, code))
+
+
+_TENSORS = ("x", "index", *_OF_CELLS)
+# The library is a tensor of its own, so that whoever replays what was done to cells need not sum it.
+register_pytree_node(
+    Cells,
+    lambda cells: ([*(getattr(cells, name) for name in _TENSORS), cells.library], cells.n_total),
+    lambda tensors, n_total: Cells(
+        n_total=n_total, **dict(zip(_TENSORS, [*tensors][:-1], strict=True))
+    ).knowing([*tensors][-1]),
+)
 
 
 def _version(x: Tensor) -> int | None:

@@ -1,9 +1,11 @@
-"""inference.fit."""
+"""Fit: a trained model and guide, the record that every question is put to."""
 
 import math
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,47 @@ from pyrosc.data.schema import Schema
 from pyrosc.inference.contract import Program, pair
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import isolated, modules_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a training run found, beside the parameters.
+
+    Attributes
+    ----------
+    n_cells, n_train : int
+        Cells in the data, and those of them that were trained on.
+    best_epoch : int
+        Epoch whose parameters were kept: a row of the history.
+    plate_nesting : int
+        How many plates of the programs stand inside each other.
+    parameters_of_each_cell : bool
+        Whether there are any: then questions are about the cells of the fit only.
+    replayed : bool or str
+        True if steps were recorded and replayed; else why not.
+    threads : int
+        Threads that torch had on the CPU: last digits depend on it.
+    data : str
+        Fingerprint of the counts: data of another one are other data.
+    versions : dict of str to str
+        Of Python, pyrosc, torch, pyro-ppl, numpy and anndata.
+    """
+
+    n_cells: int
+    n_train: int
+    best_epoch: int
+    plate_nesting: int
+    parameters_of_each_cell: bool
+    replayed: bool | str
+    threads: int
+    data: str
+    versions: Mapping[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a fit's last digits depend on."""
+    names = ("pyrosc", "torch", "pyro-ppl", "numpy", "anndata")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +80,9 @@ class Fit:
         dropout and the KL weight of the time), ``kl_<site>`` (nats per cell, on the
         validation cells), ``kl_weight``, ``learning_rate``, ``seconds`` since the start.
     settings
-        What :func:`fit_svi` was given, and what it chose.
+        What was asked for: the arguments of :func:`fit_svi`, with the values that None stood for.
+    found
+        What the run found.
     device
         Where the parameters are.
     """
@@ -48,6 +93,7 @@ class Fit:
     schema: Schema
     history: pd.DataFrame
     settings: dict[str, Any]
+    found: Found
     device: torch.device
 
     @property
@@ -89,9 +135,10 @@ class Fit:
 
     def __repr__(self) -> str:
         name = type(self.program).__name__ if isinstance(self.program, nn.Module) else "program"
-        last = self.history.iloc[self.settings["best_epoch"]]
+        last = self.history.iloc[self.found.best_epoch]
         loss = last.validation if math.isfinite(last.validation) else last.train
+        how = "replayed" if self.found.replayed is True else f"run: {self.found.replayed}"
         return (
             f"Fit({name}, {len(self.schema.genes)} genes, {len(self.history)} epochs, "
-            f"{loss:.1f} nats per cell, {self.device})"
+            f"{loss:.1f} nats per cell, {self.device}, steps {how})"
         )

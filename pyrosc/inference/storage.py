@@ -6,12 +6,10 @@ genes and categories, how to build the model, settings, history, versions).
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields, replace
-from importlib.metadata import version
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,11 @@ from pyrosc import models
 from pyrosc.data.counts import Counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.contract import check_programs, pair
-from pyrosc.inference.fit import Fit
+from pyrosc.inference.fit import Fit, Found, versions
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of, own_parameters
 
-FORMAT = 3  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced
+FORMAT = 4  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced;
+# 3: what the run found stood among the settings
 TENSORS, RECORD = "parameters.safetensors", "fit.json"
 
 
@@ -45,9 +44,9 @@ def save(fit: Fit, directory: str | Path) -> None:
         "program": recipe_of(fit),
         "schema": _schema_to_json(fit.schema),
         "settings": fit.settings,
+        "found": asdict(fit.found),
         "history": fit.history.astype(object).where(fit.history.notna(), None).to_dict("list"),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl", "numpy", "anndata")}
-        | {"pyrosc": version("pyrosc"), "python": platform.python_version()},
+        "versions": versions(),
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Both files are written beside the target and moved there whole: a crash leaves the old fit or the new.
@@ -110,8 +109,8 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     with isolated(on, record["settings"]["seed"], params):
         # A run on a stand-in for the data makes the parameters that exist only once a program has run.
         cells = _stand_in(schema).on(on).cells(torch.zeros(1, dtype=torch.int64, device=on))
-        cells = replace(cells, n_total=record["settings"]["n_train"])
-        record["settings"]["plate_nesting"] = check_programs(*pair(program, separate_guide), cells)
+        cells = replace(cells, n_total=record["found"]["n_train"])
+        record["found"]["plate_nesting"] = check_programs(*pair(program, separate_guide), cells)
         own_parameters(modules_of(program, separate_guide))
     fit = Fit(
         program,
@@ -120,6 +119,7 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
         schema,
         pd.DataFrame(record["history"], dtype=float).rename_axis("epoch"),
         record["settings"],
+        Found(**record["found"]),
         on,
     )
     _fill(_tensors_of(fit), tensors)

@@ -13,10 +13,12 @@ from pyrosc.data.counts import Counts
 from pyrosc.data.read import as_counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.contract import elbo_of, pair
-from pyrosc.inference.fit import Fit
+from pyrosc.inference.fit import Fit, Found, versions
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of
-from pyrosc.inference.loop import Problem, train
+from pyrosc.inference.loop import train
+from pyrosc.inference.purity import is_pure
+from pyrosc.inference.step import Problem
 
 
 def fit_svi(
@@ -35,6 +37,7 @@ def fit_svi(
     clip_norm: float | None = None,
     elbo: ELBO | type[ELBO] | None = None,
     precision: str = "float32",
+    replay: bool | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -81,10 +84,15 @@ def fit_svi(
     precision
         Of the linear layers' products in training: ``"float32"``, or ``"bfloat16"``, sooner on processors
         that have it. All else, the parameters, and every question to the fit are float32.
+    replay
+        Whether one step's tensor operations may be recorded and replayed, which is faster: a promise that the
+        programs are pure, see Notes. By default the attribute ``pure`` of `model` (and of a separate guide);
+        pyrosc's own models are pure.
     device
         ``"auto"`` takes CUDA where there is one.
     seed
-        Of the split, the minibatches and the draws. The same seed on the same device gives the same bits.
+        Of the split, the minibatches and the draws. The same seed, device, number of threads and versions
+        give the same bits.
     progress
         Show a progress bar.
 
@@ -109,14 +117,19 @@ def fit_svi(
     The loss is Pyro's own: with ``kl_weight=1`` and no warm-up a step has the loss and the gradients of
     ``pyro.infer.SVI.step``, divided by the number of cells.
 
-    If more than fifty steps are to come, the programs are run in the first three only. One step's tensor
-    operations are then recorded, compared with the programs on other cells, and replayed, which gives the
-    same bits sooner; but a softmax times a library size and the density of counts around it run as one loop,
-    of which the last digits of float32 are others.
-    Programs that can't be recorded are run in every step; the logger ``pyrosc`` says why, at level INFO. What
-    no recording can hold is Python that acts otherwise later on: a program that counts its own calls, say.
-    Let such a program look at a number that depends on the cells, ``float(cells.x.sum())``, and it is run in
-    every step.
+    A program is run as it is written, in every step, unless it is pure: what it computes depends on the
+    cells, on parameters and buffers, and on torch's random numbers alone, and Python acts the same in each
+    step. A
+    schedule kept in an attribute, a count of calls, an average of weights in a plain tensor are not pure.
+    Of pure programs, if more than fifty steps are to come, the first three are run; then one step's tensor
+    operations are recorded, rewritten, compared with the programs on other cells, and replayed. What is
+    replayed is checked again after every hundred steps, at the end of an epoch, and at the end: a step is
+    taken both ways from the same state. If they differ, or what the programs can reach has changed, the fit
+    goes back to the last check, runs its programs from there, and the logger ``pyrosc`` says so.
+    ``fit.found.replayed`` is True, or says why steps were run.
+
+    Pyro's handlers, parameter store and random numbers are the process's, so fits in several threads take
+    turns: one fits while others wait. Use processes to fit at the same time.
     """
     if isinstance(model, Fit):
         msg = "this is a Fit: pyrosc.fit_svi(fit.program, ...) trains its model on, fit_query on new batches"
@@ -137,6 +150,7 @@ def fit_svi(
         weight_decay=weight_decay,
         precision=precision,
         seed=seed,
+        replay=replay,
     )
     minibatch_size, seed = int(minibatch_size), int(seed)
     _check_made_for(model, data)
@@ -150,7 +164,6 @@ def fit_svi(
     epochs = planned_epochs(steps) if epochs is None else int(epochs)
     settings = {
         "epochs": epochs,
-        "steps_per_epoch": steps,
         "minibatch_size": minibatch_size,
         "learning_rate": learning_rate,
         "kl_warmup": min(steps * epochs // 10 if kl_warmup is None else kl_warmup, steps * epochs // 2),
@@ -160,9 +173,8 @@ def fit_svi(
         "weight_decay": getattr(program, "weight_decay", 0.0) if weight_decay is None else weight_decay,
         "clip_norm": getattr(program, "clip_norm", None) if clip_norm is None else clip_norm,
         "precision": precision,
+        "replay": is_pure(program, separate_guide) if replay is None else bool(replay),
         "seed": seed,
-        "n_cells": data.n_cells,
-        "n_train": len(train_rows),
     }
     params: dict[str, Any] = {"params": {}, "constraints": {}}
     counts = data.on(on)
@@ -176,8 +188,19 @@ def fit_svi(
             train=counts.take(torch.as_tensor(train_rows, device=on)),
             validation=counts.take(torch.as_tensor(validation_rows, device=on)),
         )
-        history, settings["best_epoch"] = train(problem, settings, progress)
-    return Fit(program, separate_guide, params, data.schema, history, settings, on)
+        trained = train(problem, settings, progress)
+    found = Found(
+        n_cells=data.n_cells,
+        n_train=len(train_rows),
+        best_epoch=trained.best_epoch,
+        plate_nesting=trained.plate_nesting,
+        parameters_of_each_cell=trained.parameters_of_each_cell,
+        replayed=trained.replayed,
+        threads=torch.get_num_threads(),
+        data=data.fingerprint,
+        versions=versions(),
+    )
+    return Fit(program, separate_guide, params, data.schema, trained.history, settings, found, on)
 
 
 def planned_epochs(steps: int) -> int:
@@ -242,6 +265,9 @@ def _check_settings(**settings: Any) -> None:
             raise ValueError(msg)
     if settings["precision"] not in ("float32", "bfloat16"):
         msg = f'precision must be "float32" or "bfloat16", not {settings["precision"]!r}'
+        raise ValueError(msg)
+    if settings["replay"] not in (None, True, False):
+        msg = f"replay must be True, False or None, not {settings['replay']!r}"
         raise ValueError(msg)
     share = settings["validation"]
     if not (isinstance(share, Real) and 0 <= float(share) < 1):
