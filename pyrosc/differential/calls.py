@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from pyrosc.differential.adaptive_shrinkage import Posterior
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.posterior.checks import is_between
 
 Number = float | int  # beartype does not take 0 for a float
@@ -72,6 +73,7 @@ class Draws:
         return low + (high - low) * (place % 1)
 
 
+@kept()
 def compare(
     lfc: Float[ndarray, "draws genes"] | Posterior,
     *,

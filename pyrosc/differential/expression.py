@@ -30,6 +30,7 @@ from pyrosc.differential.calls import (
 )
 from pyrosc.differential.design import check_batch, comparisons
 from pyrosc.differential.group_sums import Arm
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import check_draws, counts_of
 from pyrosc.posterior.draws import draws
@@ -58,6 +59,7 @@ def _in_blocks(
     return _rows(table, n_draws, 0.5), np.average(shares, 0, sizes)
 
 
+@kept()
 def differential_expression(
     fit: Fit,
     data: Counts | anndata.AnnData,

@@ -19,6 +19,7 @@ from pyrosc.differential.design import Comparison, comparisons
 from pyrosc.differential.donor_variance import one_on_each_side
 from pyrosc.differential.group_sums import strata
 from pyrosc.differential.quasi_likelihood import LFC, beyond
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import counts_of
 
@@ -57,6 +58,7 @@ class Errors:
         return sum(((block @ scaled) ** 2).sum(0) for block in self.blocks()) - (weights**2).sum(0)
 
 
+@kept()
 def gene_sets(
     fit: Fit,
     data: Counts | anndata.AnnData,

@@ -14,10 +14,12 @@ from pyrosc.data.counts import Counts
 from pyrosc.differential.adaptive_shrinkage import shrink
 from pyrosc.differential.calls import Number, by_evidence, check_numbers, decide, summarise
 from pyrosc.differential.design import compared, groups_of, pairs_of, units_of
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import counts_of
 
 
+@kept()
 def interaction(
     fit: Fit,
     data: Counts | anndata.AnnData,

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from pyrosc.data.minibatch import Cells, Resident
 from pyrosc.engine.adam import Adam
 from pyrosc.engine.bfloat16 import LinearInBfloat16
+from pyrosc.engine.cpu.contention import Threads
 from pyrosc.engine.cuda_graph import CudaGraph
 from pyrosc.engine.replay import gradients_of, recorded, restore
 from pyrosc.engine.rng import seeded
@@ -42,6 +43,7 @@ class Problem:
     modules: list[nn.Module]
     train: Resident
     validation: Resident | None
+    threads: Threads
 
 
 def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
@@ -213,7 +215,8 @@ def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
     interrupted = False
     try:
         for rows in _permuted(len(problem.train), step.settings, problem.train.start.device):
-            losses.append(step(rows))  # noqa: PERF401 (ctrl-C keeps what is done)
+            losses.append(step(rows))
+            problem.threads.notice()
     except KeyboardInterrupt:
         interrupted = True
     return torch.stack(losses).tolist() if losses else [], interrupted

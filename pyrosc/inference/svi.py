@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from pyrosc.data.counts import Counts
 from pyrosc.data.read import as_counts
 from pyrosc.data.schema import Schema
+from pyrosc.engine.cpu.contention import watched
 from pyrosc.inference.contract import elbo_of, pair
 from pyrosc.inference.fit import Fit
 from pyrosc.inference.handlers import leaving_out
@@ -166,7 +167,7 @@ def fit_svi(
     }
     params: dict[str, Any] = {"params": {}, "constraints": {}}
     counts = data.on(on)
-    with isolated(on, seed, params):
+    with isolated(on, seed, params), watched(minibatch_size * data.n_genes) as threads:
         chosen, variational = pair(program, separate_guide)
         problem = Problem(
             leaving_out(chosen, data.schema),
@@ -175,6 +176,7 @@ def fit_svi(
             modules=modules_of(program, separate_guide),
             train=counts.take(torch.as_tensor(train_rows, device=on)),
             validation=counts.take(torch.as_tensor(validation_rows, device=on)),
+            threads=threads,
         )
         history, settings["best_epoch"] = train(problem, settings, progress)
     return Fit(program, separate_guide, params, data.schema, history, settings, on)
