@@ -20,7 +20,9 @@ def empty_params():
 def untrained(program, data, guide=None, params=None, plates=1):
     """A Fit of a program as it is."""
     history = pd.DataFrame({"train": [1.0], "validation": [1.0]}).rename_axis("epoch")
-    found = Found(data.n_cells, data.n_cells, 0, plates, False, "it is not trained", 1, data.fingerprint, {})
+    found = Found(
+        data.n_cells, data.n_cells, 0, plates, False, "it is not trained", (1,), data.fingerprint, {}
+    )
     params, cpu = params or empty_params(), torch.device("cpu")
     return Fit(program, guide, params, data.schema, history, {"seed": 0}, found, cpu)
 

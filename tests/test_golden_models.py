@@ -20,6 +20,8 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
+from pyrosc.objective import weighted_loss
+from pyrosc.programs import isolated
 
 from pyrosc import (
     DCA,
@@ -37,8 +39,6 @@ from pyrosc import (
     GaussianVAE,
     from_anndata,
 )
-from pyrosc.objective import weighted_loss
-from pyrosc.programs import isolated
 
 STORED = Path(__file__).with_suffix("").with_name("golden_models.json")
 CPU = torch.device("cpu")

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from pyrosc.differential.adaptive_shrinkage import Posterior
+from pyrosc.engine.cpu.threads import kept
 
 Number = float | int  # beartype does not take 0 for a float
 
@@ -75,6 +76,7 @@ class Draws:
         return low + (high - low) * (place % 1)
 
 
+@kept()
 def compare(
     lfc: Float[ndarray, "draws genes"] | Posterior,
     *,

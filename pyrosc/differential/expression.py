@@ -15,10 +15,12 @@ from pyrosc.differential.cell_pairs import between_cells
 from pyrosc.differential.design import check_batch, contrasts
 from pyrosc.differential.fit_or_counts import fit_and_counts
 from pyrosc.differential.group_sums import Pseudobulk
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import check_draws
 
 
+@kept()
 def differential_expression(
     fit: Fit | Counts | anndata.AnnData | None = None,
     data: Counts | anndata.AnnData | None = None,

@@ -16,9 +16,11 @@ from pyrosc.differential.design import contrasts
 from pyrosc.differential.fit_or_counts import fit_and_counts
 from pyrosc.differential.quasi_likelihood import beyond
 from pyrosc.differential.set_means import errors_of, set_means
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
 
 
+@kept()
 def gene_sets(
     fit: Fit | Counts | anndata.AnnData | None = None,
     data: Counts | anndata.AnnData | Mapping[str, Sequence[str]] | None = None,

@@ -16,9 +16,11 @@ from pyrosc.differential.adaptive_shrinkage import shrink
 from pyrosc.differential.calls import Number, call_at_fdr, check_numbers, ranked, summarise
 from pyrosc.differential.design import contrasted, pairs_of, replicates_of, units_of
 from pyrosc.differential.fit_or_counts import fit_and_counts
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
 
 
+@kept()
 def interaction(
     fit: Fit | Counts | anndata.AnnData | None = None,
     data: Counts | anndata.AnnData | None = None,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyrosc.data.schema import Schema
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference import storage
 from pyrosc.inference.contract import Program, pair
 from pyrosc.inference.found import Found
@@ -70,7 +71,7 @@ class Fit:
         """Run programs as trained: evaluation mode, no gradients, own parameters, own random numbers."""
         for module in modules_of(self.program, self.separate_guide):
             module.eval()
-        with torch.no_grad(), isolated(self.device, seed, self.params):
+        with torch.no_grad(), kept(), isolated(self.device, seed, self.params):
             yield
 
     def save(self, directory: str | Path) -> None:

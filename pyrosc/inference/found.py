@@ -22,8 +22,9 @@ class Found:
         Whether there are any: then questions are about the cells of the fit only.
     replayed : bool or str
         True if steps were recorded and replayed; else why not.
-    threads : int
-        Threads that torch had on the CPU: last digits depend on it.
+    threads : tuple of int
+        How many threads torch had on the CPU, which last digits depend on: one number, unless other programs
+        used the cores and the fit went on with fewer.
     data : str
         Fingerprint of the counts: data of another one are other data.
     versions : dict of str to str
@@ -36,7 +37,7 @@ class Found:
     plate_nesting: int
     parameters_of_each_cell: bool
     replayed: bool | str
-    threads: int
+    threads: tuple[int, ...]
     data: str
     versions: Mapping[str, str]
 

@@ -218,7 +218,8 @@ def _epoch(problem: Problem, step: Step) -> tuple[list[float], bool]:
     interrupted = False
     try:
         for rows in _permuted(len(problem.train), step.settings["minibatch_size"], step.device):
-            losses.append(step(rows))  # noqa: PERF401 (ctrl-C keeps what is done)
+            losses.append(step(rows))
+            problem.threads.notice()
     except KeyboardInterrupt:
         interrupted = True
     return torch.stack(losses).tolist() if losses else [], interrupted

@@ -15,6 +15,7 @@ from pyrosc.data.minibatch import Cells, Resident
 from pyrosc.engine.adam import Adam
 from pyrosc.engine.bfloat16 import LinearInBfloat16
 from pyrosc.engine.compare import agree, restore
+from pyrosc.engine.cpu.contention import Threads
 from pyrosc.engine.cuda_graph import CudaGraph
 from pyrosc.engine.replay import NotRecordableError, recorded
 from pyrosc.engine.rng import seeded
@@ -40,6 +41,7 @@ class Problem:
     modules: list[nn.Module]
     train: Resident
     validation: Resident | None
+    threads: Threads
 
 
 class Step:

@@ -98,7 +98,7 @@ def read(directory: str | Path, model: Any, guide: Any, device: str) -> dict[str
         "schema": schema,
         "history": pd.DataFrame(record["history"], dtype=float).rename_axis("epoch"),
         "settings": settings,
-        "found": Found(**record["found"]),
+        "found": Found(**record["found"] | {"threads": tuple(record["found"]["threads"])}),
         "device": on,
     }
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import pyrosc
 from pyrosc import VAE, fit_svi
-from pyrosc.inference import elbo, step, svi
+from pyrosc.inference import elbo, step
 from pyrosc.inference.elbo import weighted_loss
 from pyrosc.inference.isolation import isolated
 
@@ -98,7 +98,7 @@ def test_the_fit_finds_the_exact_posterior_and_its_evidence(data):
     a, b = fit.program.shift.exp().tolist()
     assert a / b == pytest.approx(1, abs=0.01)  # the mean of the posterior
     evidence = start.evidence(data.x.toarray())
-    rows = svi.split(data.n_cells, 0.1, 1)[1]
+    rows = settings.split(data.n_cells, 0.1, 1)[1]
     best = fit.history["validation"].iloc[fit.found.best_epoch]
     assert best == pytest.approx(-evidence[rows].mean(), abs=0.05)
     assert fit.history["validation"].iloc[0] > best + 0.2
@@ -173,7 +173,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 
 def test_epochs_are_planned_from_the_data():
-    planned = [svi.planned_epochs(steps) for steps in (1, 10, 100, 10_000)]
+    planned = [settings.planned_epochs(steps) for steps in (1, 10, 100, 10_000)]
     assert planned == sorted(planned, reverse=True)
     assert all(isinstance(n, int) and n >= 1 for n in planned)
 
@@ -182,18 +182,18 @@ def test_epochs_are_planned_from_the_data():
 
 
 def test_the_split_covers_all_cells_once():
-    train, held = svi.split(103, 0.1, 4)
+    train, held = settings.split(103, 0.1, 4)
     assert sorted([*train, *held]) == list(range(103))
     assert len(held) == 10
-    assert not np.array_equal(held, svi.split(103, 0.1, 5)[1])
-    train, held = svi.split(103, 0.0, 4)
+    assert not np.array_equal(held, settings.split(103, 0.1, 5)[1])
+    train, held = settings.split(103, 0.0, 4)
     assert len(held) == 0
     assert list(train) == list(range(103))
 
 
 @pytest.mark.parametrize(("cells", "validation"), [(1, 0.9), (2, 0.9), (3, 0.99), (5, 0.1)])
 def test_a_cell_to_train_on_is_always_left(data, cells, validation):
-    train, held = svi.split(cells, validation, 0)
+    train, held = settings.split(cells, validation, 0)
     assert len(train) >= 1
     assert len(train) + len(held) == cells
     rows = np.arange(cells)
@@ -282,7 +282,7 @@ def test_history_has_a_row_an_epoch_and_says_what_happened(data):
     s = fit.settings
     assert (s["epochs"], s["validation"], s["seed"], s["replay"]) == (3, 0.1, 0, True)
     found = fit.found
-    assert (found.n_cells, found.n_train, found.threads, found.data) == (200, 180, 1, data.fingerprint)
+    assert (found.n_cells, found.n_train, found.threads, found.data) == (200, 180, (1,), data.fingerprint)
     assert found.replayed == "the fit has few steps"
     assert "steps run: the fit has few steps" in repr(fit)
     assert {"python", "torch", "pyrosc"} <= {*found.versions}
@@ -294,7 +294,7 @@ def test_history_has_a_row_an_epoch_and_says_what_happened(data):
 
 def test_the_validation_loss_is_the_negative_elbo_of_the_kept_parameters(data):
     fit = fit_svi(tiny(data), data, seed=2, **QUICK)
-    held = data[svi.split(200, 0.1, 2)[1]].on("cpu")
+    held = data[settings.split(200, 0.1, 2)[1]].on("cpu")
     cells = held.cells(torch.arange(20))
     with fit.asking(2):
         expected = float(weighted_loss(TraceMeanField_ELBO(), fit.model, fit.guide, cells))
