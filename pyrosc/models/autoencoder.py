@@ -30,16 +30,22 @@ class Autoencoder(nn.Module):
 
     Parameters
     ----------
-    transform
-        From cells to values of each gene, and back to shares.
+    transform, prior
+        From cells to values of each gene, and back to shares; to the prior of z: none.
     encoder, decoder
         Networks from the transformed counts to the code, and from the code to mu.
-    prior
-        From cells to the prior of z: none.
 
     References
     ----------
     Hinton and Salakhutdinov, Reducing the dimensionality of data with neural networks, 2006.
+
+    Examples
+    --------
+    >>> from pyrosc import Autoencoder, datasets, fit_svi, latent
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(Autoencoder.for_data(adata), adata, epochs=1, progress=False)
+    >>> latent(fit, adata).shape
+    (60, 6)
     """
 
     def __init__(self, transform: Transform, encoder: nn.Module, decoder: nn.Module, prior: Flat) -> None:
@@ -63,10 +69,8 @@ class Autoencoder(nn.Module):
 
         Parameters
         ----------
-        transform
-            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.nn.transforms`.
-        data, n_latent, hidden, norm, dropout, seed
-            See :meth:`VAE.for_data`. Without hidden layers the optimum is the subspace of PCA.
+        data, transform, n_latent, hidden, norm, dropout, seed
+            See :meth:`GaussianVAE.for_data`. Without hidden layers the optimum is the subspace of PCA.
         """
         to_values = transform_of(transform, data)
         mean, _ = moments_of(to_values, data)

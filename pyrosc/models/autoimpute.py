@@ -35,17 +35,23 @@ class AutoImpute(nn.Module):
 
     Parameters
     ----------
-    transform
-        The log counts.
+    transform, prior
+        From cells to the log counts, and to the prior of z: none.
     encoder, decoder
-        Networks from these to the code, and from the code to mu.
-    prior
-        From cells to the prior of z: none.
+        Networks from the log counts to the code, and from the code to mu.
 
     References
     ----------
     Talwar, Mongia, Sengupta and Majumdar, AutoImpute: autoencoder based imputation of single-cell RNA-seq
     data, 2018.
+
+    Examples
+    --------
+    >>> from pyrosc import AutoImpute, datasets, fit_svi, impute
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(AutoImpute.for_data(adata, n_latent=20), adata, epochs=1, progress=False)
+    >>> impute(fit, adata).mean.shape
+    (60, 20)
     """
 
     weight_decay = 5.0

@@ -59,6 +59,14 @@ class AutoZI(nn.Module):
     ----------
     Clivio, Lopez, Regier, Gayoso, Jordan and Yosef, Detecting zero-inflated genes in single-cell
     transcriptomics data, 2019.
+
+    Examples
+    --------
+    >>> from pyrosc import AutoZI, datasets, fit_svi, zero_inflation
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(AutoZI.for_data(adata), adata, epochs=1, progress=False)
+    >>> zero_inflation(fit).shape
+    (20,)
     """
 
     elbo = TraceMeanField_ELBO

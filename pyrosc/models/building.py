@@ -16,13 +16,13 @@ from pyrosc.nn.encoder_decoder import Decoder
 from pyrosc.nn.layers import check_sizes
 from pyrosc.nn.likelihoods import Likelihood, likelihood_of
 
-Numbers = ParamSpec("Numbers")
-Model = TypeVar("Model")
+_Numbers = ParamSpec("_Numbers")
+_Model = TypeVar("_Model")
 
 
 def recipe(
-    build: Callable[Concatenate[type[Model], Counts, Numbers], Model],
-) -> Callable[Concatenate[type[Model], Counts | AnnData, Numbers], Model]:
+    build: Callable[Concatenate[type[_Model], Counts, _Numbers], _Model],
+) -> Callable[Concatenate[type[_Model], Counts | AnnData, _Numbers], _Model]:
     """Make of ``build(cls, data, *, ..., seed)``, which returns a model, the class method `for_data`.
 
     Sizes are checked, an AnnData is read, and `build` runs with random numbers of its own, started by `seed`.
@@ -35,8 +35,8 @@ def recipe(
 
     @functools.wraps(build)
     def for_data(
-        cls: type[Model], data: Counts | AnnData, *args: Numbers.args, **given: Numbers.kwargs
-    ) -> Model:
+        cls: type[_Model], data: Counts | AnnData, *args: _Numbers.args, **given: _Numbers.kwargs
+    ) -> _Model:
         numbers = defaults | given
         check_sizes(**{n: v for n, v in numbers.items() if n.startswith("n_") or n in ("hidden", "branch")})
         counts = as_counts(data)
@@ -59,38 +59,13 @@ def require(fine: Any, message: str) -> None:
 def decoder_for(
     data: Counts, n_latent: int, hidden: Sequence[int], *, norm: str | None, dropout: float
 ) -> Decoder:
-    """Return a decoder that sees all covariates and starts at each gene's share of the data's counts.
-
-    Parameters
-    ----------
-    data
-        Counts.
-    n_latent
-        Width of z.
-    hidden, norm, dropout
-        Of its layers, in order from z on; see :class:`~pyrosc.nn.layers.MLP`.
-    """
+    """Return a decoder of all covariates, its layers in order from z on, that starts at the genes' shares."""
     decoder = Decoder(n_latent, data.n_genes, Covariates.for_data(data), hidden, norm=norm, dropout=dropout)
     decoder.start_at(torch.as_tensor(data.share))
     return decoder
 
 
 def likelihood_for(data: Counts, name: str, dispersion: str, n_hidden: int) -> Likelihood:
-    """Return the likelihood of a name for the data's genes and batches.
-
-    Parameters
-    ----------
-    data
-        Counts.
-    name, dispersion
-        See :func:`~pyrosc.nn.likelihoods.likelihood_of`.
-    n_hidden
-        Width of the features that dispersion and zero inflation may be read off.
-    """
-    return likelihood_of(
-        name,
-        n_genes=data.n_genes,
-        n_hidden=n_hidden,
-        n_batches=len(data.schema.batches),
-        dispersion=dispersion,
-    )
+    """Return the likelihood of a name for the data's genes and batches, and for features of this width."""
+    sizes = {"n_genes": data.n_genes, "n_hidden": n_hidden, "n_batches": len(data.schema.batches)}
+    return likelihood_of(name, dispersion=dispersion, **sizes)

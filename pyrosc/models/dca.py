@@ -33,24 +33,21 @@ class DCA(nn.Module):
 
     ``"rho"`` is mu divided by its sum, and ``"l"`` that sum.
 
-    Departures from the source: the prior of the parameters, without which cells held out are described
-    worse; theta is the exponential of what a layer gives (there softplus), offsets start at the genes' mean
-    counts, the likelihood is exact in float32 where the original's diverges, and Adam has the place of
-    RMSprop, with gradients shortened to a norm of 5 (there each number to 5; the attribute ``clip_norm``,
-    ``math.inf`` for none). It does not know of batches.
+    Departures from the source: the prior of the parameters; theta is the exponential of what a layer gives
+    (there softplus); offsets start at the genes' mean counts; the likelihood is exact in float32; Adam has
+    the place of RMSprop, with gradients shortened to a norm of 5 (there each number to 5; the attribute
+    ``clip_norm``, ``math.inf`` for none). It does not know of batches.
 
     Parameters
     ----------
-    transform
-        The standardised logs.
+    transform, prior
+        From cells to the standardised logs, and to the prior of z: none.
     encoder, decoder
-        Networks from these to the code, and from the code to h.
+        Networks from the logs to the code, and from the code to h.
     mean
         Linear layer from h to log(mu / s).
     likelihood
         From mu, h and batches to the distribution of the counts.
-    prior
-        From cells to the prior of z: none.
     ridge
         lambda, nats.
 
@@ -58,6 +55,14 @@ class DCA(nn.Module):
     ----------
     Eraslan, Simon, Mircea, Mueller and Theis, Single-cell RNA-seq denoising using a deep count autoencoder,
     2019.
+
+    Examples
+    --------
+    >>> from pyrosc import DCA, datasets, dropout_probability, fit_svi
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(DCA.for_data(adata), adata, epochs=1, progress=False)
+    >>> dropout_probability(fit, adata).shape
+    (60, 20)
     """
 
     clip_norm = 5.0

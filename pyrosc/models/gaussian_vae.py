@@ -40,22 +40,28 @@ class GaussianVAE(nn.Module):
 
     Parameters
     ----------
-    transform
-        From cells to values of each gene, and back to shares.
+    transform, prior
+        From cells to values of each gene, and back to shares; to the prior of z.
     loc, log_variance
         Networks from the transformed counts to the moments of z.
     decoder
         Network from z to mu.
     scale
         sigma, or its start, (genes,).
-    prior
-        From cells to the prior of z.
     learned_scale
         Whether sigma is learned.
 
     References
     ----------
     Kingma and Welling, Auto-encoding variational Bayes, 2014. Higgins et al., beta-VAE, 2017.
+
+    Examples
+    --------
+    >>> from pyrosc import GaussianVAE, datasets, fit_svi, impute
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(GaussianVAE.for_data(adata), adata, epochs=1, progress=False)
+    >>> impute(fit, adata).mean.shape
+    (60, 20)
     """
 
     elbo = TraceMeanField_ELBO

@@ -43,6 +43,14 @@ class LDVAE(nn.Module):
     ----------
     Svensson, Gayoso, Yosef and Pachter, Interpretable factor models of single-cell RNA-seq via variational
     autoencoders, 2020.
+
+    Examples
+    --------
+    >>> from pyrosc import LDVAE, datasets, fit_svi, loadings
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(LDVAE.for_data(adata, n_latent=3), adata, epochs=1, progress=False)
+    >>> loadings(fit).shape
+    (20, 3)
     """
 
     elbo = TraceMeanField_ELBO

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 import pyro
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float, Int
 from pyro.infer import TraceEnum_ELBO
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import one_hot
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
 from pyrosc.models.building import decoder_for, likelihood_for, recipe, require
-from pyrosc.nn.covariates import Covariates
+from pyrosc.nn.covariates import Covariates, with_type
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
 from pyrosc.nn.layers import network, normal
 from pyrosc.nn.library_size import library_of
@@ -58,6 +57,14 @@ class SCANVI(nn.Module):
     Xu et al., Probabilistic harmonization and annotation of single-cell transcriptomics data with deep
     generative models, 2021. Kingma, Rezende, Mohamed and Welling, Semi-supervised learning with deep
     generative models, 2014.
+
+    Examples
+    --------
+    >>> from pyrosc import SCANVI, datasets, fit_svi, from_anndata, predict
+    >>> data = from_anndata(datasets.simulate(60, 20, n_types=2), labels_key="cell_type")
+    >>> fit = fit_svi(SCANVI.for_data(data), data, epochs=1, progress=False)
+    >>> list(predict(fit, data).probability)
+    ['type_0', 'type_1']
     """
 
     elbo = TraceEnum_ELBO
@@ -104,22 +111,16 @@ class SCANVI(nn.Module):
         Parameters
         ----------
         data
-            Counts with labels (:func:`~pyrosc.from_anndata` with `labels_key`); a cell without one is
-            unlabelled.
+            Counts with two labels or more (:func:`~pyrosc.from_anndata` with `labels_key`); a cell without
+            one is unlabelled.
         classification
             Weight of the known labels' classification, in nats per cell; at least 0.
         likelihood, library, dispersion, n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. All networks have these hidden layers.
-
-        Raises
-        ------
-        ValueError
-            If the data have fewer than two labels, a name is unknown or a number out of range.
         """
         n_labels = len(data.schema.labels)
         require(
-            n_labels >= 2,
-            f"{n_labels} labels: give from_anndata a labels_key whose column has two or more",
+            n_labels >= 2, f"{n_labels} labels: give from_anndata a labels_key whose column has two or more"
         )
         require(classification >= 0, f"classification is a weight of at least 0, not {classification!r}")
         decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
@@ -143,7 +144,7 @@ class SCANVI(nn.Module):
             y = pyro.sample("y", dist.Categorical(logits=equal))
             zero = cells.x.new_zeros(self.n_latent)
             u = pyro.sample("u", dist.Normal(zero, 1.0).to_event(1))
-            z = pyro.sample("z", normal(self.within_decoder(self._with_type(u, y))).to_event(1))
+            z = pyro.sample("z", normal(self.within_decoder(with_type(u, y, self.n_labels))).to_event(1))
             known = cells.labels >= 0
             log_q = self.classifier(z).log_softmax(-1)
             label = cells.labels.clamp_min(0).expand(log_q.shape[:-1]).unsqueeze(-1)
@@ -163,13 +164,5 @@ class SCANVI(nn.Module):
             certain = 60.0 * (one_hot(cells.labels.clamp_min(0), self.n_labels) - 0.5)
             logits = torch.where((cells.labels >= 0).unsqueeze(-1), certain, logits)
             y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
-            pyro.sample("u", normal(self.within_encoder(self._with_type(z, y))).to_event(1))
+            pyro.sample("u", normal(self.within_encoder(with_type(z, y, self.n_labels))).to_event(1))
             pyro.sample("l", self.library_encoder(cells).to_event(1))
-
-    def _with_type(
-        self, v: Float[Tensor, "*draws latent"], y: Int[Tensor, "*types"]
-    ) -> Float[Tensor, "*all both"]:
-        """Put the type, one-hot, beside a vector, whatever axes either has."""
-        y = one_hot(y, self.n_labels).to(v)
-        shape = torch.broadcast_shapes(v.shape[:-1], y.shape[:-1])
-        return torch.cat([v.expand(*shape, -1), y.expand(*shape, -1)], -1)

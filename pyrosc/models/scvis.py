@@ -40,14 +40,12 @@ class SCVIS(nn.Module):
 
     Parameters
     ----------
-    transform
-        From cells to values of each gene, and back to shares.
+    transform, prior
+        From cells to values of each gene, and back to shares; to the prior of z.
     encoder, decoder
-        Networks from these to the moments of z, and from z to mu.
+        Networks from the values to the moments of z, and from z to mu.
     scale
         Start of sigma, (genes,).
-    prior
-        From cells to the prior of z.
     attraction
         Weight of the further term, nats per cell.
     perplexity
@@ -57,6 +55,14 @@ class SCVIS(nn.Module):
     ----------
     Ding, Condon and Shah, Interpretable dimensionality reduction of single cell transcriptome data with deep
     generative models, 2018.
+
+    Examples
+    --------
+    >>> from pyrosc import SCVIS, datasets, fit_svi, latent
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(SCVIS.for_data(adata), adata, epochs=1, progress=False)
+    >>> latent(fit, adata).shape
+    (60, 2)
     """
 
     elbo = TraceMeanField_ELBO
@@ -99,15 +105,13 @@ class SCVIS(nn.Module):
 
         Parameters
         ----------
-        transform
-            ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.nn.transforms`.
         attraction
             Weight of the neighbours, nats per cell; the number of genes by default, as the source has that of
             its components.
         perplexity
             Effective number of a cell's neighbours in the minibatch, above 1.
-        data, n_latent, hidden, norm, dropout, seed
-            See :meth:`VAE.for_data`.
+        data, transform, n_latent, hidden, norm, dropout, seed
+            See :meth:`GaussianVAE.for_data`.
         """
         require(
             perplexity > 1 and (attraction is None or attraction >= 0),

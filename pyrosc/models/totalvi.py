@@ -70,6 +70,15 @@ class TOTALVI(nn.Module):
     ----------
     Gayoso, Steier, Lopez, Regier, Nazor, Streets and Yosef, Joint probabilistic modeling of single-cell
     multi-omic data with totalVI, 2021.
+
+    Examples
+    --------
+    >>> from pyrosc import TOTALVI, datasets, fit_svi, from_anndata, impute_proteins
+    >>> adata = datasets.simulate_proteins(datasets.simulate(60, 20), 3)
+    >>> data = from_anndata(adata, protein_key="protein_expression")
+    >>> fit = fit_svi(TOTALVI.for_data(data), data, epochs=1, progress=False)
+    >>> impute_proteins(fit, data).mean.shape
+    (60, 3)
     """
 
     elbo = TraceMeanField_ELBO
@@ -117,12 +126,7 @@ class TOTALVI(nn.Module):
         data
             Counts with proteins: :func:`~pyrosc.from_anndata` with `protein_key`.
         likelihood, library, dispersion, n_latent, hidden, norm, dropout, seed
-            See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If the data have no proteins, `hidden` no layer, or a name is unknown.
+            See :meth:`VAE.for_data`; there is a hidden layer at least.
         """
         require(hidden, "hidden names a layer at least, not ()")
         n_proteins = len(data.schema.proteins)

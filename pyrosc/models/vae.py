@@ -55,6 +55,14 @@ class VAE(nn.Module):
     ----------
     Lopez, Regier, Cole, Jordan and Yosef, Deep generative modeling for single-cell transcriptomics, 2018.
     Gronbech et al., scVAE: variational auto-encoders for single-cell gene expression data, 2020.
+
+    Examples
+    --------
+    >>> from pyrosc import VAE, datasets, fit_svi, latent
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(VAE.for_data(adata, n_latent=5), adata, epochs=1, progress=False)
+    >>> latent(fit, adata).shape
+    (60, 5)
     """
 
     elbo = TraceMeanField_ELBO

@@ -50,6 +50,14 @@ class VASC(nn.Module):
     ----------
     Wang and Gu, VASC: dimension reduction and visualization of single-cell RNA-seq data by deep variational
     autoencoder, 2018.
+
+    Examples
+    --------
+    >>> from pyrosc import VASC, datasets, fit_svi, latent
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(VASC.for_data(adata), adata, epochs=1, progress=False)
+    >>> latent(fit, adata).shape
+    (60, 2)
     """
 
     elbo = TraceMeanField_ELBO

@@ -63,6 +63,14 @@ class VSC(nn.Module):
     ----------
     Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. Higgins et al., beta-VAE, 2017.
     Titsias and Lazaro-Gredilla, Spike and slab variational inference for multi-task learning, 2011.
+
+    Examples
+    --------
+    >>> from pyrosc import VSC, datasets, fit_svi, inclusion
+    >>> adata = datasets.simulate(60, 20)
+    >>> fit = fit_svi(VSC.for_data(adata), adata, epochs=1, progress=False)
+    >>> inclusion(fit, adata).shape
+    (60, 6)
     """
 
     elbo = TraceMeanField_ELBO

@@ -1,10 +1,11 @@
-"""nn.covariates."""
+"""Covariates of cells as numbers: batch, categorical and continuous ones, and types beside vectors."""
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
@@ -64,6 +65,15 @@ class Covariates(nn.Module):
             if n > 1
         ]
         return torch.cat(rows, 1) if rows else cells.x.new_empty(len(cells), 0)
+
+
+def with_type(
+    v: Float[Tensor, "*draws latent"], y: Int[Tensor, "*types"], n_types: int
+) -> Float[Tensor, "*all both"]:
+    """Put the type, one-hot, beside a vector, whatever axes either has."""
+    y = one_hot(y, n_types).to(v)
+    shape = torch.broadcast_shapes(v.shape[:-1], y.shape[:-1])
+    return torch.cat([v.expand(*shape, -1), y.expand(*shape, -1)], -1)
 
 
 def beside(

@@ -1,4 +1,4 @@
-"""nn.layers."""
+"""Layers of networks: normalisation, dropout, perceptrons, and moments read off them."""
 
 from collections.abc import Sequence
 from numbers import Integral

@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
+from pyro import poutine
 from scipy import stats
 from scipy.linalg import subspace_angles
 from scipy.sparse import csr_matrix
@@ -17,6 +18,7 @@ from pyrosc import (
     LDVAE,
     SCANVI,
     VAE,
+    VASC,
     Autoencoder,
     AutoZI,
     GaussianVAE,
@@ -164,6 +166,39 @@ def test_dca_finds_dropouts_and_stays_finite_without_batch_normalisation():
         assert roc_auc_score((before > 0)[x == 0], p[x == 0]) > 0.85
     with pytest.raises(TypeError, match="zinb"):
         pyrosc.dropout_probability(fit_svi(VAE.for_data(adata), adata, epochs=1, progress=False), adata)
+
+
+def test_all_noise_of_vasc_is_drawn_at_sites(data):
+    """So that a model replayed on what the guide drew has nothing left to chance."""
+    vasc, cells = VASC.for_data(data, hidden=(4,)), data.on("cpu").cells(torch.arange(5))
+    with torch.random.fork_rng():
+        guide = poutine.trace(vasc.guide).get_trace(cells)
+        runs = [poutine.trace(poutine.replay(vasc.model, guide)).get_trace(cells) for _ in range(2)]
+        assert torch.equal(*(run.nodes["x"]["fn"].base_dist.probs for run in runs))
+        assert not torch.equal(guide.nodes["u"]["value"], vasc_noise(vasc, cells))
+    for trace in (guide, runs[0]):
+        trace.compute_log_prob()
+        assert float(trace.nodes["u"]["log_prob_sum"]) == 0
+    vasc.eval()
+    with torch.random.fork_rng():
+        assert vasc_noise(vasc, cells) is None
+
+
+def vasc_noise(vasc, cells):
+    """What a further run of the guide draws at the site, None without one."""
+    return poutine.trace(vasc.guide).get_trace(cells).nodes.get("u", {}).get("value")
+
+
+def test_a_program_may_carry_its_epochs_and_validation(data):
+    vae = VAE.for_data(data, n_latent=2, hidden=(4,))
+    vae.epochs, vae.validation = 2, 0.0
+    carried = fit_svi(vae, data, progress=False).settings
+    assert (carried["epochs"], carried["validation"], carried["n_train"]) == (2, 0.0, data.n_cells)
+    asked = fit_svi(vae, data, epochs=1, validation=0.5, progress=False).settings
+    assert (asked["epochs"], asked["validation"], asked["n_train"]) == (1, 0.5, data.n_cells // 2)
+    vae.validation = 1.0
+    with pytest.raises(ValueError, match="validation is a share"):
+        fit_svi(vae, data, progress=False)
 
 
 def test_scanvi_labels_the_unlabelled():
