@@ -19,8 +19,7 @@ from pyrosc.differential.gene_sets import gene_sets
 from pyrosc.differential.interaction import interaction
 from pyrosc.differential.null_calibration import NullCalibration, null_calibration
 from pyrosc.differential.scanpy_export import to_scanpy
-from pyrosc.inference.fit import Fit
-from pyrosc.inference.storage import load
+from pyrosc.inference.fit import Fit, load
 from pyrosc.inference.svi import fit_svi
 from pyrosc.models import (
     DCA,

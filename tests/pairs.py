@@ -10,7 +10,7 @@ from scipy.special import gammaln
 from torch import nn
 
 from pyrosc import Fit, distributions
-from pyrosc.inference.fit import Found
+from pyrosc.inference.found import Found
 
 
 def empty_params():

@@ -134,15 +134,17 @@ def compare(
 
     Examples
     --------
-    Of three genes one is up in nearly all draws, one down in most, one not at all:
+    A thousand draws of each of three genes, of which one is up for certain and one down, perhaps:
 
     >>> import numpy as np
-    >>> from scipy.stats import norm
-    >>> at = norm.ppf(np.linspace(0.005, 0.995, 100))[:, None]  # draws of a normal distribution
-    >>> table = pyrosc.compare([1.5, -0.6, 0.0] + np.array([0.3, 0.3, 0.1]) * at, delta=0.25)
-    >>> table[["lfc_mean", "p_up", "p_down", "expected_fdr", "is_de"]].round(2)
+    >>> import pyrosc
+    >>> draws = np.random.default_rng(0).normal([1.5, -0.6, 0.1], [0.3, 0.3, 0.05], (1000, 3))
+    >>> table = pyrosc.compare(draws, delta=0.25)
+    >>> table[["lfc_mean", "p_up", "p_down", "expected_fdr", "is_de"]].round(1)
        lfc_mean  p_up  p_down  expected_fdr  is_de
-    0       1.5  1.00    0.00          0.00   True
+    0       1.5   1.0     0.0           0.0   True
+    1      -0.6   0.0     0.9           0.1  False
+    2       0.1   0.0     0.0           0.4  False
     """
     check_numbers(delta, fdr, interval)
     if prior_de is not None and not 0 < prior_de < 1:

@@ -146,6 +146,29 @@ def differential_expression(
     ----------
     Lopez et al., Deep generative modeling for single-cell transcriptomics, 2018. Boyeau et al., An empirical
     Bayes method for differential expression analysis of single cells with deep generative models, 2023.
+
+    Examples
+    --------
+    Means of two types of cells, by their counts alone; seven of the 40 genes have another mean, four-fold:
+
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(300, 40, n_types=2, log2_fold_change=2.0, seed=0)
+    >>> types = {"groupby": "cell_type", "group": "type_0", "reference": "type_1"}
+    >>> table = pyrosc.differential_expression(adata, **types)
+    >>> sorted(table.gene[table.is_de])
+    ['gene_13', 'gene_24', 'gene_25', 'gene_28', 'gene_32', 'gene_34', 'gene_9']
+    >>> table[["gene", "lfc_mean", "p_up", "p_down", "is_de"]].round(1).head(2)
+          gene  lfc_mean  p_up  p_down  is_de
+    0  gene_25       2.0   1.0     0.0   True
+    1  gene_28      -2.0   0.0     1.0   True
+
+    Random cells, as a fit decodes them; batches, and counts in another layer, are named where data is read:
+
+    >>> data = pyrosc.from_anndata(adata, batch_key="batch")
+    >>> model = pyrosc.VAE.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, data, epochs=1, progress=False)
+    >>> pyrosc.differential_expression(fit, data, estimand="cell", n_draws=100, **types).shape
+    (40, 22)
     """
     check_numbers(delta, fdr, interval)
     fit, data = fit_and_counts(fit, data)

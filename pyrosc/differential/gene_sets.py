@@ -78,6 +78,17 @@ def gene_sets(
     `replicate_key` errors that cells of a donor share are not seen, and sets that share them seem to change.
 
     This asks of the set's genes themselves, not whether they change more than others do.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(300, 40, n_types=2, log2_fold_change=2.0, seed=0)
+    >>> sets = {"program": ["gene_24", "gene_25", "gene_32"], "others": ["gene_0", "gene_1", "gene_2"]}
+    >>> table = pyrosc.gene_sets(adata, sets, groupby="cell_type", group="type_0", reference="type_1")
+    >>> table[["set", "n_genes", "lfc_mean", "is_de"]].round(1)
+           set  n_genes  lfc_mean  is_de
+    0  program        3       2.0   True
+    1   others        3      -0.1  False
     """
     from scipy import stats  # takes long to import
 

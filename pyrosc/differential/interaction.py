@@ -84,6 +84,23 @@ def interaction(
     have cells of both levels than of both groups, as donors of one condition each do, it is taken so: what
     a donor's levels have in common then cancels. The two parts' errors are taken for independent; donors that
     have all four share some, and intervals are then wider than they need be.
+
+    Examples
+    --------
+    Three donors under each of two conditions. One gene rises four-fold in one type of cells alone:
+
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(400, 40, n_types=2, n_donors=6, n_conditions=2, seed=0)
+    >>> treated = (adata.obs.condition == "condition_1") & (adata.obs.cell_type == "type_1")
+    >>> x = adata.X.toarray()
+    >>> x[treated, 3] *= 4
+    >>> adata.X = x
+    >>> conditions = {"groupby": "condition", "group": "condition_1", "reference": "condition_0"}
+    >>> types = {"by": "cell_type", "baseline": "type_0"}
+    >>> table = pyrosc.interaction(adata, **conditions, **types, replicate_key="donor")
+    >>> table.loc[table.is_de, ["gene", "level", "lfc_mean"]].round(0)
+         gene   level  lfc_mean
+    0  gene_3  type_1       2.0
     """
     check_numbers(delta, fdr, interval)
     _, data = fit_and_counts(fit, data)

@@ -22,7 +22,9 @@ class SpikeSlab(TorchDistribution):
     A draw is differentiable where `sharpness` is finite: with eta uniform on (0, 1) it is the slab's draw
     times sigmoid(sharpness (logit eta + logit gamma)), a binary concrete draw, which is not exactly 0.
     Tonolini 2019, eq. 11, has sigmoid(sharpness (eta - 1 + gamma)): where gamma is near 0 or 1 hardly any
-    eta has a gradient in it, unless the sharpness is so low that numbers with gamma = 0 leak.
+    eta has a gradient in it, unless the sharpness is so low that numbers with gamma = 0 leak. An exact draw
+    is differentiable in the slab, but jumps with gamma: where `logits` wants a gradient there is no pathwise
+    one, ``has_rsample`` is False, and estimators use the score function.
 
     Parameters
     ----------
@@ -62,7 +64,6 @@ class SpikeSlab(TorchDistribution):
         "logits": constraints.real,
     }
     support = constraints.real
-    has_rsample = True
 
     def __init__(
         self,
@@ -80,6 +81,11 @@ class SpikeSlab(TorchDistribution):
     def relaxed(self, sharpness: Float[Tensor, ""]) -> "SpikeSlab":
         """Return the same distribution with draws that are differentiable in all parameters."""
         return SpikeSlab(self.loc, self.scale, self.logits, sharpness, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether the pathwise gradient of a draw is all of its gradient."""
+        return self.sharpness is not None or not self.logits.requires_grad
 
     @property
     def inclusion(self) -> Float[Tensor, "..."]:
@@ -103,8 +109,25 @@ class SpikeSlab(TorchDistribution):
         slab = logsigmoid(self.logits) + Normal(self.loc, self.scale, validate_args=False).log_prob(value)
         return torch.where(value == 0, logsigmoid(-self.logits), slab)
 
+    def sample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "..."]:
+        """Draw without gradient, of shape ``sample_shape + batch_shape``."""
+        with torch.no_grad():
+            return self._drawn(sample_shape)
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "..."]:
-        """Draw, of shape ``sample_shape + batch_shape``."""
+        """Draw with gradients, of shape ``sample_shape + batch_shape``.
+
+        Raises
+        ------
+        NotImplementedError
+            If the draws are exact and `logits` wants a gradient, of which a draw has none.
+        """
+        if not self.has_rsample:
+            msg = "an exact draw has no gradient in logits: take sample(), or relaxed(sharpness).rsample()"
+            raise NotImplementedError(msg)
+        return self._drawn(sample_shape)
+
+    def _drawn(self, sample_shape: Sequence[int]) -> Float[Tensor, "..."]:
         shape = Size(sample_shape) + self.batch_shape
         slab = self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         above = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).logit(1e-6) + self.logits

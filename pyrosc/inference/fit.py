@@ -1,11 +1,9 @@
 """Fit: a trained model and guide, the record that every question is put to."""
 
 import math
-import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +12,11 @@ import torch
 from torch import nn
 
 from pyrosc.data.schema import Schema
+from pyrosc.inference import storage
 from pyrosc.inference.contract import Program, pair
+from pyrosc.inference.found import Found
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import isolated, modules_of
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a training run found, beside the parameters.
-
-    Attributes
-    ----------
-    n_cells, n_train : int
-        Cells in the data, and those of them that were trained on.
-    best_epoch : int
-        Epoch whose parameters were kept: a row of the history.
-    plate_nesting : int
-        How many plates of the programs stand inside each other.
-    parameters_of_each_cell : bool
-        Whether there are any: then questions are about the cells of the fit only.
-    replayed : bool or str
-        True if steps were recorded and replayed; else why not.
-    threads : int
-        Threads that torch had on the CPU: last digits depend on it.
-    data : str
-        Fingerprint of the counts: data of another one are other data.
-    versions : dict of str to str
-        Of Python, pyrosc, torch, pyro-ppl, numpy and anndata.
-    """
-
-    n_cells: int
-    n_train: int
-    best_epoch: int
-    plate_nesting: int
-    parameters_of_each_cell: bool
-    replayed: bool | str
-    threads: int
-    data: str
-    versions: Mapping[str, str]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a fit's last digits depend on."""
-    names = ("pyrosc", "torch", "pyro-ppl", "numpy", "anndata")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +88,7 @@ class Fit:
         FileExistsError
             If the directory holds something that is no saved fit.
         """
-        from pyrosc.inference.storage import save
-
-        save(self, directory)
+        storage.save(self, directory)
 
     def __repr__(self) -> str:
         name = type(self.program).__name__ if isinstance(self.program, nn.Module) else "program"
@@ -142,3 +99,44 @@ class Fit:
             f"Fit({name}, {len(self.schema.genes)} genes, {len(self.history)} epochs, "
             f"{loss:.1f} nats per cell, {self.device}, steps {how})"
         )
+
+
+def load(directory: str | Path, model: Any = None, guide: Any = None, *, device: str = "auto") -> Fit:
+    """Read a saved fit. Nothing is trained, and no code in the files is run.
+
+    Parameters
+    ----------
+    directory
+        Of :meth:`pyrosc.Fit.save`.
+    model, guide
+        For programs that ``for_data`` of one of pyrosc's models did not make, or whose attributes were
+        changed afterwards: the model and the guide, built as for :func:`~pyrosc.fit_svi`; their parameters
+        are overwritten in copies of them.
+    device
+        ``"auto"`` takes CUDA where there is one.
+
+    Returns
+    -------
+    Fit
+        It answers every question with the same bits as the fit that was saved, on the same kind of device.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no saved fit.
+    ValueError
+        If the fit was written by a newer pyrosc, needs a model and got none, or the model is another one.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 20)
+    >>> fit = pyrosc.fit_svi(pyrosc.VAE.for_data(adata), adata, epochs=1, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit.save(folder)
+    ...     again = pyrosc.load(folder)
+    >>> (pyrosc.latent(again, adata) == pyrosc.latent(fit, adata)).all()
+    np.True_
+    """
+    return Fit(**storage.read(directory, model, guide, device))

@@ -197,8 +197,13 @@ def _checked(problem: Problem, settings: dict[str, Any]) -> tuple[list[Tensor], 
     own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)
+    kept = [tensor.detach().clone() for tensor in state]
+    as_in_training(problem.modules)  # in which some draws are others than in evaluation
     with seeded(first.device, settings["seed"]):
         check_all_found(checked_loss(problem.elbo, problem.model, problem.guide, cells), state)
+    restore(state, kept)
+    for module in problem.modules:
+        module.eval()
     each = is_of_each_cell(problem.model, problem.guide, cells, state)
     if each and problem.validation is not None and len(problem.validation):
         msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"

@@ -5,9 +5,10 @@ genes and categories, how to build the model, settings, history, versions).
 """
 
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,13 +20,13 @@ import scipy.sparse as sp
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrosc import models
 from pyrosc.data.counts import Counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.contract import check_programs, pair
-from pyrosc.inference.fit import Fit, Found, versions
+from pyrosc.inference.found import Found, versions
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of, own_parameters
 
 FORMAT = 4  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced;
@@ -33,7 +34,7 @@ FORMAT = 4  # 1: the batch came first among the covariates, VSC had another gate
 TENSORS, RECORD = "parameters.safetensors", "fit.json"
 
 
-def save(fit: Fit, directory: str | Path) -> None:
+def save(fit: Any, directory: str | Path) -> None:
     """Write a fit; see :meth:`pyrosc.Fit.save`."""
     directory = Path(directory).resolve()
     if directory.exists() and not (directory.is_dir() and not set(os.listdir(directory)) - {TENSORS, RECORD}):
@@ -43,53 +44,29 @@ def save(fit: Fit, directory: str | Path) -> None:
         "format": FORMAT,
         "program": recipe_of(fit),
         "schema": _schema_to_json(fit.schema),
-        "settings": fit.settings,
+        "settings": {name: _in_words(value) for name, value in fit.settings.items()},
         "found": asdict(fit.found),
         "history": fit.history.astype(object).where(fit.history.notna(), None).to_dict("list"),
         "versions": versions(),
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Both files are written beside the target and moved there whole: a crash leaves the old fit or the new.
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    fresh = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
+    fresh.mkdir()
     try:
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
-        save_file(
-            {n: t.detach().cpu().contiguous().clone() for n, t in _tensors_of(fit).items()}, fresh / TENSORS
-        )
         (fresh / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False, default=_plain))
+        tensors = _tensors_of(fit.program, fit.separate_guide, fit.params)
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, fresh / TENSORS)
+        shutil.copymode(fresh / RECORD, fresh / TENSORS)  # safetensors writes for the owner alone
         for name in (TENSORS, RECORD):
-            (fresh / name).chmod(0o666 & ~_umask())  # safetensors too writes for the owner alone
             _flush(fresh / name)
         _replace(fresh, directory)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def load(directory: str | Path, model: Any = None, guide: Any = None, *, device: str = "auto") -> Fit:
-    """Read a saved fit. Nothing is trained, and no code in the files is run.
-
-    Parameters
-    ----------
-    directory
-        Of :meth:`pyrosc.Fit.save`.
-    model, guide
-        For programs that ``for_data`` of one of pyrosc's models did not make: the model and the guide, built
-        as for :func:`~pyrosc.fit_svi`; their parameters are overwritten in copies of them.
-    device
-        ``"auto"`` takes CUDA where there is one.
-
-    Returns
-    -------
-    Fit
-        It answers every question with the same bits as the fit that was saved, on the same kind of device.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no saved fit.
-    ValueError
-        If the fit was written by a newer pyrosc, needs a model and got none, or the model is another one.
-    """
+def read(directory: str | Path, model: Any, guide: Any, device: str) -> dict[str, Any]:
+    """Return the attributes of a saved :class:`pyrosc.Fit`; see :func:`pyrosc.load`."""
     directory = _saved(Path(directory).resolve())
     record = _read(directory / RECORD, lambda path: json.loads(path.read_text()))
     if record["format"] > FORMAT:
@@ -98,6 +75,7 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
     if record["format"] < FORMAT:
         msg = f"{directory} was written by an earlier pyrosc, whose models meant other things: fit it again"
         raise ValueError(msg)
+    settings = {name: _NOT_FINITE.get(str(value), value) for name, value in record["settings"].items()}
     tensors = _read(directory / TENSORS, load_file)
     schema = _schema_from_json(record["schema"])
     on = device_of(device)
@@ -106,24 +84,23 @@ def load(directory: str | Path, model: Any = None, guide: Any = None, *, device:
         module.to(on).eval()
     _check_fit(_module_tensors(program, separate_guide), tensors, partly=True)
     params: dict[str, Any] = {"params": {}, "constraints": {}}
-    with isolated(on, record["settings"]["seed"], params):
+    with isolated(on, settings["seed"], params):
         # A run on a stand-in for the data makes the parameters that exist only once a program has run.
         cells = _stand_in(schema).on(on).cells(torch.zeros(1, dtype=torch.int64, device=on))
         cells = replace(cells, n_total=record["found"]["n_train"])
         record["found"]["plate_nesting"] = check_programs(*pair(program, separate_guide), cells)
         own_parameters(modules_of(program, separate_guide))
-    fit = Fit(
-        program,
-        separate_guide,
-        params,
-        schema,
-        pd.DataFrame(record["history"], dtype=float).rename_axis("epoch"),
-        record["settings"],
-        Found(**record["found"]),
-        on,
-    )
-    _fill(_tensors_of(fit), tensors)
-    return fit
+    _fill(_tensors_of(program, separate_guide, params), tensors)
+    return {
+        "program": program,
+        "separate_guide": separate_guide,
+        "params": params,
+        "schema": schema,
+        "history": pd.DataFrame(record["history"], dtype=float).rename_axis("epoch"),
+        "settings": settings,
+        "found": Found(**record["found"]),
+        "device": on,
+    }
 
 
 def _read(path: Path, how: Callable[[Path], Any]) -> Any:
@@ -135,10 +112,10 @@ def _read(path: Path, how: Callable[[Path], Any]) -> Any:
         raise ValueError(msg) from error
 
 
-def _tensors_of(fit: Fit) -> dict[str, Tensor]:
+def _tensors_of(program: Any, separate_guide: Any, params: dict[str, Any]) -> dict[str, Tensor]:
     """Return every tensor of a fit by a name of its own."""
-    store = {f"store.{name}": t for name, t in fit.params["params"].items()}
-    return _module_tensors(fit.program, fit.separate_guide) | store
+    store = {f"store.{name}": t for name, t in params["params"].items()}
+    return _module_tensors(program, separate_guide) | store
 
 
 def _module_tensors(*programs: Any) -> dict[str, Tensor]:
@@ -166,19 +143,50 @@ def _check_fit(into: dict[str, Tensor], tensors: dict[str, Tensor], *, partly: b
         raise ValueError(msg)
 
 
-def recipe_of(fit: Fit) -> dict[str, Any] | None:
+def recipe_of(fit: Any) -> dict[str, Any] | None:
     """Return the model's class and the arguments of its `for_data`, if they make this very model."""
     name, arguments = type(fit.program).__name__, getattr(fit.program, "recipe", None)
     if arguments is None or fit.separate_guide is not None or name not in models.__all__:
         return None
     recipe = {"class": name, "arguments": json.loads(json.dumps(arguments, default=_plain))}
-    # Whoever exchanged a part of the model has to bring it again.
-    return recipe if repr(_build(recipe, fit.schema)[0]) == repr(fit.program) else None
+    # Whoever exchanged a part of the model, or changed a number in it, has to bring it again.
+    return recipe if _alike(fit.program, _build(recipe, fit.schema)[0]) else None
+
+
+def _alike(program: nn.Module, again: nn.Module) -> bool:
+    """Say whether two models have the same parts and, but for tensors, the same attributes."""
+    if repr(program) != repr(again):
+        return False
+    for part, other in zip(program.modules(), again.modules(), strict=True):
+        names = (vars(part).keys() | vars(other).keys()) - _LEFT_OUT
+        # (An attribute may be the object's own, or left to its class.)
+        if any(not _equal(getattr(part, name, None), getattr(other, name, None)) for name in names):
+            return False
+    return True
+
+
+# Tensors are saved, and parts looked at in their turn; fits are asked in evaluation mode.
+_LEFT_OUT = {"_parameters", "_buffers", "_modules", "training", "recipe", "schema"}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError):  # arrays and tensors, which are no plain numbers
+        return False
 
 
 def _plain(value: Any) -> Any:
     """Return numbers of numpy or torch as Python's, for JSON."""
     return value.tolist()
+
+
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def _in_words(value: Any) -> Any:
+    """Return "inf" for infinity, a ``clip_norm`` that clips nothing: JSON has no such number."""
+    return str(value) if isinstance(value, (float, np.floating)) and not np.isfinite(value) else value
 
 
 def _build(program: dict[str, Any] | None, schema: Schema) -> tuple[Any, None]:
@@ -215,12 +223,6 @@ def _schema_to_json(schema: Schema) -> dict[str, Any]:
 def _schema_from_json(record: dict[str, Any]) -> Schema:
     tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
     return Schema(**tuples | {"categorical": {key: tuple(v) for key, v in record["categorical"].items()}})
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,8 @@ from pyrosc.data.counts import Counts
 from pyrosc.data.read import as_counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.contract import elbo_of, pair
-from pyrosc.inference.fit import Fit, Found, versions
+from pyrosc.inference.fit import Fit
+from pyrosc.inference.found import Found, versions
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of
 from pyrosc.inference.loop import train
@@ -31,7 +32,7 @@ def fit_svi(
     learning_rate: float = 5e-3,
     kl_warmup: int | None = None,
     kl_weight: float = 1.0,
-    validation: float = 0.1,
+    validation: float | None = None,
     patience: int | None = None,
     weight_decay: float | None = None,
     clip_norm: float | None = None,
@@ -54,7 +55,8 @@ def fit_svi(
     guide
         The guide, where `model` has none: a callable of Cells, or one of Pyro's autoguides.
     epochs
-        Passes over the training cells at most. By default chosen from the data, see :func:`planned_epochs`.
+        Passes over the training cells at most; by default the attribute ``epochs`` of `model`, else chosen
+        from the data, see :func:`planned_epochs`.
     minibatch_size
         Cells in a step.
     learning_rate
@@ -68,7 +70,8 @@ def fit_svi(
     validation
         Share of the cells kept out of the training to measure the loss after each epoch; the parameters of
         the best epoch are the fit's. 0 trains on all cells to the end; programs with parameters of each cell
-        need that, since a validation cell has none.
+        need that, since a validation cell has none. By default the attribute ``validation`` of `model`, else
+        .1.
     patience
         Stop after so many epochs without a better validation loss; a sixth of the planned epochs by default,
         and at least 5.
@@ -138,6 +141,8 @@ def fit_svi(
     if not data.n_cells:
         msg = "no cells: the selection is empty"
         raise ValueError(msg)
+    epochs = getattr(model, "epochs", None) if epochs is None else epochs
+    validation = getattr(model, "validation", 0.1) if validation is None else validation
     _check_settings(
         epochs=epochs,
         minibatch_size=minibatch_size,

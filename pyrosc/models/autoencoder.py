@@ -2,20 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
-from anndata import AnnData
 from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
-from pyrosc.nn.layers import MLP, check_sizes, network
+from pyrosc.models.building import recipe
+from pyrosc.nn.layers import MLP, network
 from pyrosc.nn.priors import Flat
 from pyrosc.nn.transforms import Transform, moments_of, transform_of
 
@@ -47,20 +42,15 @@ class Autoencoder(nn.Module):
     Hinton and Salakhutdinov, Reducing the dimensionality of data with neural networks, 2006.
     """
 
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
-
     def __init__(self, transform: Transform, encoder: nn.Module, decoder: nn.Module, prior: Flat) -> None:
         super().__init__()
-        self.transform = transform
-        self.encoder = encoder
-        self.decoder = decoder
-        self.prior = prior
+        self.transform, self.encoder, self.decoder, self.prior = transform, encoder, decoder, prior
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         transform: str = "log",
         n_latent: int = 6,
@@ -73,34 +63,17 @@ class Autoencoder(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         transform
             ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.nn.transforms`.
-        n_latent, hidden, norm, dropout, seed
+        data, n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Without hidden layers the optimum is the subspace of PCA.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        data = as_counts(data)
         to_values = transform_of(transform, data)
-        with seeded(torch.device("cpu"), seed):
-            down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
-            mean, _ = moments_of(to_values, data)
-            up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=mean)
-            autoencoder = cls(
-                to_values,
-                nn.Sequential(down, nn.Linear(down.n_out, n_latent)),
-                up,
-                Flat(n_latent),
-            )
-        autoencoder.recipe, autoencoder.schema = recipe, data.schema
-        return autoencoder
+        mean, _ = moments_of(to_values, data)
+        down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
+        up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=mean)
+        encoder = nn.Sequential(down, nn.Linear(down.n_out, n_latent))
+        return cls(to_values, encoder, up, Flat(n_latent))
 
     def model(self, cells: Cells) -> None:
         """Sample the transformed counts given the code."""

@@ -1,20 +1,16 @@
 """AutoImpute: an autoencoder whose loss looks at the positive counts only."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
-from pyrosc.nn.layers import MLP, check_sizes, network
+from pyrosc.models.building import recipe
+from pyrosc.nn.layers import MLP, network
 from pyrosc.nn.priors import Flat
 from pyrosc.nn.transforms import LogNormalised
 
@@ -53,20 +49,16 @@ class AutoImpute(nn.Module):
     """
 
     weight_decay = 5.0
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(self, transform: LogNormalised, encoder: nn.Module, decoder: nn.Module, prior: Flat) -> None:
         super().__init__()
-        self.transform = transform
-        self.encoder = encoder
-        self.decoder = decoder
-        self.prior = prior
+        self.transform, self.encoder, self.decoder, self.prior = transform, encoder, decoder, prior
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         n_latent: int = 500,
         norm: str | None = None,
@@ -78,33 +70,20 @@ class AutoImpute(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         n_latent
             Width of the code, the source's one hidden layer.
-        hidden, norm, dropout, seed
+        data, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Units of the code are dropped too.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        data = as_counts(data)
         fitted = LogNormalised.for_data(data)
-        with seeded(torch.device("cpu"), seed):
-            up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=fitted.mean)
-            zero = torch.zeros(data.n_genes)
-            autoimpute = cls(
-                LogNormalised(float(fitted.target), zero, torch.ones_like(zero)),
-                MLP(data.n_genes, (*hidden, n_latent), norm=norm, dropout=dropout),
-                up,
-                Flat(n_latent),
-            )
-        autoimpute.recipe, autoimpute.schema = recipe, data.schema
-        return autoimpute
+        zero = torch.zeros(data.n_genes)
+        up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=fitted.mean)
+        return cls(
+            LogNormalised(float(fitted.target), zero, torch.ones_like(zero)),
+            MLP(data.n_genes, (*hidden, n_latent), norm=norm, dropout=dropout),
+            up,
+            Flat(n_latent),
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample the positive log counts given the code."""

@@ -1,27 +1,22 @@
 """AutoZI: the variational autoencoder that decides, gene by gene, whether counts are zero-inflated."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
 from pyrosc.distributions.counts import ZeroInflated
-from pyrosc.engine.rng import seeded
+from pyrosc.models.building import decoder_for, likelihood_for, recipe, require
 from pyrosc.nn.covariates import Covariates
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-from pyrosc.nn.layers import check_sizes
 from pyrosc.nn.library_size import library_of
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.likelihoods import Likelihood
 from pyrosc.nn.priors import StandardNormal
 
 
@@ -51,18 +46,10 @@ class AutoZI(nn.Module):
 
     Parameters
     ----------
-    encoder
-        From cells to the distribution of z, (cells, latent).
-    decoder
-        From z and cells to features h and shares rho.
-    likelihood
-        Of the counts that are not inflated: from l rho, h and batches.
+    encoder, decoder, likelihood, library, library_encoder, prior
+        See :class:`VAE`; the likelihood is of counts that are not inflated.
     gate
         From features to the logits of pi.
-    library, library_encoder
-        From cells to the prior and to the guide's distribution of l, (cells, 1).
-    prior
-        From cells to the prior of z.
     concentration
         a and b.
     least_dropout
@@ -75,8 +62,6 @@ class AutoZI(nn.Module):
     """
 
     elbo = TraceMeanField_ELBO
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -91,20 +76,16 @@ class AutoZI(nn.Module):
         least_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.gate = gate
-        self.library = library
-        self.library_encoder = library_encoder
-        self.prior = prior
+        self.encoder, self.decoder, self.likelihood, self.gate = encoder, decoder, likelihood, gate
+        self.library, self.library_encoder, self.prior = library, library_encoder, prior
         self.concentration, self.least_dropout = concentration, least_dropout
         self.log_concentration = nn.Parameter(torch.zeros(2, gate.out_features))
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         likelihood: str = "nb",
         library: str = "observed",
@@ -121,56 +102,35 @@ class AutoZI(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         likelihood
             Of counts that are not inflated: ``"nb"`` or ``"poisson"``.
         concentration
             a and b of the prior of delta, above 0. Below 1, genes tend to be inflated all or not at all.
         least_dropout
             Smallest dropout probability of inflated counts, at least 0 and below 1.
-        library, dispersion, n_latent, hidden, norm, dropout, seed
+        data, library, dispersion, n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        if likelihood not in ("nb", "poisson"):
-            msg = f'likelihood is of counts that are not inflated, "nb" or "poisson", not {likelihood!r}'
-            raise ValueError(msg)
-        if len(concentration) != 2 or min(concentration) <= 0 or not 0 <= least_dropout < 1:
-            msg = (
-                "concentration needs two numbers above 0, and least_dropout is a probability below 1; "
-                f"got {concentration!r} and {least_dropout!r}"
-            )
-            raise ValueError(msg)
-        data = as_counts(data)
-        seen = Covariates.for_data(data)
-        with seeded(torch.device("cpu"), seed):
-            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
-            decoder.start_at(torch.as_tensor(data.share))
-            autozi = cls(
-                Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
-                decoder,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
-                ),
-                nn.Linear(decoder.n_out, data.n_genes),
-                *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
-                StandardNormal(n_latent),
-                (float(concentration[0]), float(concentration[1])),
-                least_dropout,
-            )
-        autozi.recipe, autozi.schema = recipe, data.schema
-        return autozi
+        require(
+            likelihood in ("nb", "poisson"),
+            f'likelihood is of counts that are not inflated, "nb" or "poisson", not {likelihood!r}',
+        )
+        require(
+            len(concentration) == 2 and min(concentration) > 0 and 0 <= least_dropout < 1,
+            "concentration needs two numbers above 0, and least_dropout is a probability below 1; "
+            f"got {concentration!r} and {least_dropout!r}",
+        )
+        decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
+        return cls(
+            Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
+            decoder,
+            likelihood_for(data, likelihood, dispersion, decoder.n_out),
+            nn.Linear(decoder.n_out, data.n_genes),
+            *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
+            StandardNormal(n_latent),
+            (float(concentration[0]), float(concentration[1])),
+            least_dropout,
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample delta, z, l and the counts."""

@@ -1,21 +1,17 @@
 """DCA: the deep count autoencoder, which denoises with a deterministic code."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
-from pyrosc.nn.layers import MLP, check_sizes
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.models.building import likelihood_for, recipe, require
+from pyrosc.nn.layers import MLP
+from pyrosc.nn.likelihoods import Likelihood
 from pyrosc.nn.priors import Flat
 from pyrosc.nn.transforms import LogNormalised
 
@@ -66,8 +62,6 @@ class DCA(nn.Module):
 
     clip_norm = 5.0
     weight_decay = 20.0
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -80,18 +74,14 @@ class DCA(nn.Module):
         ridge: float = 0.0,
     ) -> None:
         super().__init__()
-        self.transform = transform
-        self.encoder = encoder
-        self.decoder = decoder
-        self.mean = mean
-        self.likelihood = likelihood
-        self.prior = prior
-        self.ridge = ridge
+        self.transform, self.encoder, self.decoder = transform, encoder, decoder
+        self.mean, self.likelihood, self.prior, self.ridge = mean, likelihood, prior, ridge
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         likelihood: str = "zinb",
         dispersion: str = "gene-cell",
@@ -105,8 +95,6 @@ class DCA(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         likelihood
             ``"zinb"``, ``"nb"``, ``"zip"`` or ``"poisson"``.
         dispersion
@@ -116,50 +104,37 @@ class DCA(nn.Module):
             Widths of the layers; the middle one is the code.
         ridge
             lambda, at least 0.
-        norm, dropout, seed
+        data, norm, dropout, seed
             See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden)
-        if not ridge >= 0 or not hidden:
-            msg = f"ridge must be at least 0 and hidden name a layer, not {ridge!r} and {hidden!r}"
-            raise ValueError(msg)
-        if ridge and likelihood not in ("zip", "zinb"):
-            msg = f'the ridge is on dropout probabilities: it needs "zinb" or "zip", not {likelihood!r}'
-            raise ValueError(msg)
-        if dispersion not in ("gene", "gene-cell"):
-            msg = f'dispersion must be "gene" or "gene-cell", not {dispersion!r}: a DCA knows no batches'
-            raise ValueError(msg)
-        data = as_counts(data)
+        require(
+            ridge >= 0 and hidden,
+            f"ridge must be at least 0 and hidden name a layer, not {ridge!r} and {hidden!r}",
+        )
+        require(
+            not ridge or likelihood in ("zip", "zinb"),
+            f'the ridge is on dropout probabilities: it needs "zinb" or "zip", not {likelihood!r}',
+        )
+        require(
+            dispersion in ("gene", "gene-cell"),
+            f'dispersion must be "gene" or "gene-cell", not {dispersion!r}: a DCA knows no batches',
+        )
         middle = len(hidden) // 2
-        with seeded(torch.device("cpu"), seed):
-            transform = LogNormalised.for_data(data)
-            decoder = MLP(hidden[middle], hidden[middle + 1 :], norm=norm, dropout=dropout)
-            mean = nn.Linear(decoder.n_out, data.n_genes)
-            with torch.no_grad():
-                mean.bias.copy_((torch.as_tensor(data.share) * transform.target).log())
-            dca = cls(
-                transform,
-                MLP(data.n_genes, hidden[: middle + 1], norm=norm, dropout=dropout),
-                decoder,
-                mean,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion if likelihood in ("nb", "zinb") else "gene",
-                ),
-                Flat(hidden[middle]),
-                ridge,
-            )
-        dca.recipe, dca.schema = recipe, data.schema
-        return dca
+        transform = LogNormalised.for_data(data)
+        decoder = MLP(hidden[middle], hidden[middle + 1 :], norm=norm, dropout=dropout)
+        mean = nn.Linear(decoder.n_out, data.n_genes)
+        with torch.no_grad():
+            mean.bias.copy_((torch.as_tensor(data.share) * transform.target).log())
+        of_nb = dispersion if likelihood in ("nb", "zinb") else "gene"
+        return cls(
+            transform,
+            MLP(data.n_genes, hidden[: middle + 1], norm=norm, dropout=dropout),
+            decoder,
+            mean,
+            likelihood_for(data, likelihood, of_nb, decoder.n_out),
+            Flat(hidden[middle]),
+            ridge,
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample the counts given the code."""

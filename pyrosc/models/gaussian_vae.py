@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
-from pyrosc.nn.layers import check_sizes, network, normal
+from pyrosc.models.building import recipe, require
+from pyrosc.nn.layers import network, normal
 from pyrosc.nn.priors import StandardNormal
 from pyrosc.nn.transforms import Transform, moments_of, transform_of
 
@@ -63,8 +59,6 @@ class GaussianVAE(nn.Module):
     """
 
     elbo = TraceMeanField_ELBO
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
     start: torch.Tensor
 
     def __init__(
@@ -79,18 +73,17 @@ class GaussianVAE(nn.Module):
         learned_scale: bool = True,
     ) -> None:
         super().__init__()
-        self.transform = transform
-        self.loc = loc
-        self.log_variance = log_variance
+        self.transform, self.loc, self.log_variance = transform, loc, log_variance
         self.decoder = decoder
         self.register_buffer("start", scale)
         self.log_change = nn.Parameter(torch.zeros_like(scale)) if learned_scale else None
         self.prior = prior
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         transform: str = "log",
         scale: float | None = None,
@@ -104,42 +97,30 @@ class GaussianVAE(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         transform
             ``"log"``: log counts at a common library size, standardised; ``"pearson"``: analytic Pearson
             residuals; ``"raw"``: the counts. See :mod:`pyrosc.nn.transforms`.
         scale
             sigma of all genes, in units of the transformed counts. None: learned, of each gene, from its
             standard deviation on, and at least a twentieth of that.
-        n_latent, hidden, norm, dropout, seed
+        data, n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Mean and scale of z have hidden layers of these widths each.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        if scale is not None and not 0 < scale < math.inf:
-            msg = f"scale is a standard deviation above 0, or None, not {scale!r}"
-            raise ValueError(msg)
-        data = as_counts(data)
+        require(
+            scale is None or 0 < scale < math.inf,
+            f"scale is a standard deviation above 0, or None, not {scale!r}",
+        )
         n, to_values = data.n_genes, transform_of(transform, data)
         mean, sd = moments_of(to_values, data)
-        with seeded(torch.device("cpu"), seed):
-            vae = cls(
-                to_values,
-                network(n, hidden, n_latent, norm=norm, dropout=dropout),
-                network(n, hidden, n_latent, norm=norm, dropout=dropout),
-                network(n_latent, hidden[::-1], n, norm=norm, dropout=dropout, start=mean),
-                sd if scale is None else torch.full_like(sd, scale),
-                StandardNormal(n_latent),
-                learned_scale=scale is None,
-            )
-        vae.recipe, vae.schema = recipe, data.schema
-        return vae
+        return cls(
+            to_values,
+            network(n, hidden, n_latent, norm=norm, dropout=dropout),
+            network(n, hidden, n_latent, norm=norm, dropout=dropout),
+            network(n_latent, hidden[::-1], n, norm=norm, dropout=dropout, start=mean),
+            sd if scale is None else torch.full_like(sd, scale),
+            StandardNormal(n_latent),
+            learned_scale=scale is None,
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample z and the transformed counts."""

@@ -1,24 +1,19 @@
 """GMVAE: the variational autoencoder with a mixture of Gaussians for its clusters (scVAE)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import torch
-from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
+from pyrosc.models.building import decoder_for, likelihood_for, recipe
 from pyrosc.nn.covariates import Covariates
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-from pyrosc.nn.layers import check_sizes
 from pyrosc.nn.library_size import library_of
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.likelihoods import Likelihood
 from pyrosc.nn.priors import Mixture
 
 _START = 2000  # cells that the mixture's start is found from
@@ -51,14 +46,8 @@ class GMVAE(nn.Module):
 
     Parameters
     ----------
-    encoder
-        From cells to the distribution of z, (cells, latent).
-    decoder
-        From z and cells to features h and shares rho.
-    likelihood
-        From l rho, h and batches to the distribution of the counts.
-    library, library_encoder
-        From cells to the prior and to the guide's distribution of l, (cells, 1).
+    encoder, decoder, likelihood, library, library_encoder
+        See :class:`VAE`.
     prior
         The mixture.
 
@@ -70,8 +59,6 @@ class GMVAE(nn.Module):
 
     elbo = TraceMeanField_ELBO
     weight_decay = 5.0
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -83,17 +70,14 @@ class GMVAE(nn.Module):
         prior: Mixture,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.library = library
-        self.library_encoder = library_encoder
-        self.prior = prior
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.library, self.library_encoder, self.prior = library, library_encoder, prior
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         n_components: int,
         likelihood: str = "nb",
@@ -111,45 +95,25 @@ class GMVAE(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         n_components
             Number of clusters.
         proportions
             pi: ``"learned"``, ``"uniform"``, or fixed numbers.
-        likelihood, library, dispersion, n_latent, hidden, norm, dropout, encode_covariates, seed
+        data, likelihood, library, dispersion, n_latent, hidden, norm, dropout, encode_covariates, seed
             See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent, n_components=n_components)
-        data = as_counts(data)
-        seen = Covariates.for_data(data)
-        encoded = seen if encode_covariates else Covariates()
-        with seeded(torch.device("cpu"), seed):
-            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
-            decoder.start_at(torch.as_tensor(data.share))
-            gmvae = cls(
-                Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
-                decoder,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
-                ),
-                *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
-                Mixture(n_components, n_latent, proportions),
-            )
-            if data.n_cells > n_components:
-                some = torch.randperm(data.n_cells)[:_START]
-                gmvae.prior.start_at(gmvae.encoder(data.on(torch.device("cpu")).cells(some)).loc)
-        gmvae.recipe, gmvae.schema = recipe, data.schema
+        encoded = Covariates.for_data(data) if encode_covariates else Covariates()
+        decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
+        gmvae = cls(
+            Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
+            decoder,
+            likelihood_for(data, likelihood, dispersion, decoder.n_out),
+            *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
+            Mixture(n_components, n_latent, proportions),
+        )
+        if data.n_cells > n_components:
+            some = torch.randperm(data.n_cells)[:_START]
+            gmvae.prior.start_at(gmvae.encoder(data.on("cpu").cells(some)).loc)
         return gmvae
 
     def model(self, cells: Cells) -> None:

@@ -1,25 +1,19 @@
 """LDVAE: the variational autoencoder with a linear decoder, whose loadings can be read (linear scVI)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
-import torch
-from anndata import AnnData
 from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
+from pyrosc.models.building import decoder_for, likelihood_for, recipe
 from pyrosc.nn.covariates import Covariates
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-from pyrosc.nn.layers import check_sizes
 from pyrosc.nn.library_size import library_of
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.likelihoods import Likelihood
 from pyrosc.nn.priors import StandardNormal
 
 
@@ -42,16 +36,8 @@ class LDVAE(nn.Module):
 
     Parameters
     ----------
-    encoder
-        From cells to the distribution of z, (cells, latent).
-    decoder
-        From z and cells to features h and shares rho; without hidden layers.
-    likelihood
-        From l rho, h and batches to the distribution of the counts.
-    library, library_encoder
-        From cells to the prior and to the guide's distribution of l, (cells, 1).
-    prior
-        From cells to the prior of z, vectors of batch shape (cells,).
+    encoder, decoder, likelihood, library, library_encoder, prior
+        See :class:`VAE`; the decoder has no hidden layers.
 
     References
     ----------
@@ -61,8 +47,6 @@ class LDVAE(nn.Module):
 
     elbo = TraceMeanField_ELBO
     weight_decay = 5.0
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -74,17 +58,14 @@ class LDVAE(nn.Module):
         prior: StandardNormal,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.library = library
-        self.library_encoder = library_encoder
-        self.prior = prior
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.library, self.library_encoder, self.prior = library, library_encoder, prior
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         likelihood: str = "nb",
         library: str = "observed",
@@ -100,41 +81,20 @@ class LDVAE(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         hidden, norm, dropout
             Of the encoder.
-        likelihood, library, dispersion, n_latent, encode_covariates, seed
+        data, likelihood, library, dispersion, n_latent, encode_covariates, seed
             See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        data = as_counts(data)
-        seen = Covariates.for_data(data)
-        encoded = seen if encode_covariates else Covariates()
-        with seeded(torch.device("cpu"), seed):
-            decoder = Decoder(n_latent, data.n_genes, seen, ())
-            decoder.start_at(torch.as_tensor(data.share))
-            ldvae = cls(
-                Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
-                decoder,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
-                ),
-                *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
-                StandardNormal(n_latent),
-            )
-        ldvae.recipe, ldvae.schema = recipe, data.schema
-        return ldvae
+        encoded = Covariates.for_data(data) if encode_covariates else Covariates()
+        decoder = decoder_for(data, n_latent, (), norm=None, dropout=0.0)
+        return cls(
+            Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout),
+            decoder,
+            likelihood_for(data, likelihood, dispersion, decoder.n_out),
+            *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
+            StandardNormal(n_latent),
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample z, l and the counts."""

@@ -1,12 +1,10 @@
 """SCANVI: the semi-supervised variational autoencoder, in which some cells bring their labels (scANVI)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from jaxtyping import Float, Int
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
@@ -14,14 +12,12 @@ from torch.nn.functional import one_hot
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
+from pyrosc.models.building import decoder_for, likelihood_for, recipe, require
 from pyrosc.nn.covariates import Covariates
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-from pyrosc.nn.layers import check_sizes, network, normal
+from pyrosc.nn.layers import network, normal
 from pyrosc.nn.library_size import library_of
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.likelihoods import Likelihood
 
 
 class SCANVI(nn.Module):
@@ -46,18 +42,12 @@ class SCANVI(nn.Module):
 
     Parameters
     ----------
-    encoder
-        q(z given x), (cells, latent).
+    encoder, decoder, likelihood, library, library_encoder
+        See :class:`VAE`.
     classifier
         From z to logits of the types.
     within_encoder, within_decoder
         From z and y to the moments of u, and from u and y to those of z: (cells, 2 latent) each.
-    decoder
-        From z and cells to features h and shares rho.
-    likelihood
-        From l rho, h and batches to the distribution of the counts.
-    library, library_encoder
-        From cells to the prior and to the guide's distribution of l, (cells, 1).
     n_labels, n_latent
         K, and the width of u and z.
     classification
@@ -71,8 +61,6 @@ class SCANVI(nn.Module):
     """
 
     elbo = TraceEnum_ELBO
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -89,20 +77,17 @@ class SCANVI(nn.Module):
         classification: float,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.classifier = classifier
-        self.within_encoder = within_encoder
-        self.within_decoder = within_decoder
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.library = library
-        self.library_encoder = library_encoder
+        self.encoder, self.classifier = encoder, classifier
+        self.within_encoder, self.within_decoder = within_encoder, within_decoder
+        self.decoder, self.likelihood = decoder, likelihood
+        self.library, self.library_encoder = library, library_encoder
         self.n_labels, self.n_latent, self.classification = n_labels, n_latent, classification
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         likelihood: str = "nb",
         library: str = "observed",
@@ -131,41 +116,25 @@ class SCANVI(nn.Module):
         ValueError
             If the data have fewer than two labels, a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        data = as_counts(data)
         n_labels = len(data.schema.labels)
-        if n_labels < 2:
-            msg = f"{n_labels} labels: give from_anndata a labels_key whose column has two or more"
-            raise ValueError(msg)
-        if not classification >= 0:
-            msg = f"classification is a weight of at least 0, not {classification!r}"
-            raise ValueError(msg)
-        seen = Covariates.for_data(data)
-
-        with seeded(torch.device("cpu"), seed):
-            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
-            decoder.start_at(torch.as_tensor(data.share))
-            scanvi = cls(
-                Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
-                network(n_latent, hidden, n_labels, norm=None, dropout=dropout),
-                network(n_latent + n_labels, hidden, 2 * n_latent, norm=None, dropout=dropout),
-                network(n_latent + n_labels, hidden, 2 * n_latent, norm=None, dropout=dropout),
-                decoder,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
-                ),
-                *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
-                n_labels,
-                n_latent,
-                classification,
-            )
-        scanvi.recipe, scanvi.schema = recipe, data.schema
-        return scanvi
+        require(
+            n_labels >= 2,
+            f"{n_labels} labels: give from_anndata a labels_key whose column has two or more",
+        )
+        require(classification >= 0, f"classification is a weight of at least 0, not {classification!r}")
+        decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
+        return cls(
+            Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
+            network(n_latent, hidden, n_labels, norm=None, dropout=dropout),
+            network(n_latent + n_labels, hidden, 2 * n_latent, norm=None, dropout=dropout),
+            network(n_latent + n_labels, hidden, 2 * n_latent, norm=None, dropout=dropout),
+            decoder,
+            likelihood_for(data, likelihood, dispersion, decoder.n_out),
+            *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
+            n_labels,
+            n_latent,
+            classification,
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample y, u, z, l and the counts."""

@@ -1,13 +1,10 @@
 """SCVIS: a VAE with a Student-t likelihood whose plane keeps neighbours together, as t-SNE does."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
 from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
@@ -15,10 +12,9 @@ from torch.nn.functional import softplus
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
-from pyrosc.nn.layers import MLP, check_sizes, network, normal
+from pyrosc.models.building import recipe, require
+from pyrosc.nn.layers import MLP, network, normal
+from pyrosc.nn.neighbours import divergence, similarities
 from pyrosc.nn.priors import StandardNormal
 from pyrosc.nn.transforms import Transform, moments_of, transform_of
 
@@ -64,8 +60,6 @@ class SCVIS(nn.Module):
     """
 
     elbo = TraceMeanField_ELBO
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
     start: Tensor
 
     def __init__(
@@ -79,9 +73,7 @@ class SCVIS(nn.Module):
         perplexity: float,
     ) -> None:
         super().__init__()
-        self.transform = transform
-        self.encoder = encoder
-        self.decoder = decoder
+        self.transform, self.encoder, self.decoder = transform, encoder, decoder
         self.register_buffer("start", scale)
         self.log_change = nn.Parameter(torch.zeros_like(scale))
         self.raw_df = nn.Parameter(torch.full_like(scale, 5.0))
@@ -89,9 +81,10 @@ class SCVIS(nn.Module):
         self.attraction, self.perplexity = attraction, perplexity
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         transform: str = "log",
         attraction: float | None = None,
@@ -106,8 +99,6 @@ class SCVIS(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         transform
             ``"log"``, ``"pearson"`` or ``"raw"``; see :mod:`pyrosc.nn.transforms`.
         attraction
@@ -115,38 +106,20 @@ class SCVIS(nn.Module):
             its components.
         perplexity
             Effective number of a cell's neighbours in the minibatch, above 1.
-        n_latent, hidden, norm, dropout, seed
+        data, n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        if not perplexity > 1 or (attraction is not None and not attraction >= 0):
-            msg = (
-                f"perplexity must be above 1 and attraction at least 0, not {perplexity!r} and {attraction!r}"
-            )
-            raise ValueError(msg)
-        data = as_counts(data)
+        require(
+            perplexity > 1 and (attraction is None or attraction >= 0),
+            f"perplexity must be above 1 and attraction at least 0, not {perplexity!r} and {attraction!r}",
+        )
         to_values = transform_of(transform, data)
         mean, sd = moments_of(to_values, data)
-        with seeded(torch.device("cpu"), seed):
-            down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
-            up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=mean)
-            scvis = cls(
-                to_values,
-                nn.Sequential(down, nn.Linear(down.n_out, 2 * n_latent)),
-                up,
-                sd,
-                StandardNormal(n_latent),
-                float(data.n_genes if attraction is None else attraction),
-                perplexity,
-            )
-        scvis.recipe, scvis.schema = recipe, data.schema
-        return scvis
+        down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)
+        up = network(n_latent, hidden[::-1], data.n_genes, norm=norm, dropout=dropout, start=mean)
+        encoder = nn.Sequential(down, nn.Linear(down.n_out, 2 * n_latent))
+        attraction = float(data.n_genes if attraction is None else attraction)
+        return cls(to_values, encoder, up, sd, StandardNormal(n_latent), attraction, perplexity)
 
     def model(self, cells: Cells) -> None:
         """Sample z and the transformed counts; count the further term."""
@@ -166,58 +139,3 @@ class SCVIS(nn.Module):
         """Sample z given the counts."""
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
             pyro.sample("z", normal(self.encoder(self.transform(cells))).to_event(1))
-
-
-def similarities(
-    t: Float[Tensor, "cells genes"], perplexity: float, n_steps: int = 30
-) -> Float[Tensor, "cells cells"]:
-    """Return p(j given i): a normal kernel of t, as wide for each cell as has this perplexity; rows sum to 1.
-
-    Parameters
-    ----------
-    t
-        Values, a row a cell.
-    perplexity
-        exp of each row's entropy; with few cells, as large as it can be.
-    n_steps
-        Halvings of the interval of the log width.
-    """
-    n = len(t)
-    if n == 1:
-        return t.new_zeros(1, 1)
-    with torch.no_grad():
-        squared = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").square()
-        squared = squared / squared.mean().clamp_min(1e-12)
-        itself = torch.eye(n, dtype=torch.bool, device=t.device)
-        low, high = t.new_full((n, 1), -15.0), t.new_full((n, 1), 15.0)
-        wanted = math.log(min(perplexity, n - 1))
-        for _ in range(n_steps):
-            middle = (low + high) / 2
-            log_p = (-squared * middle.exp()).masked_fill(itself, -torch.inf).log_softmax(1)
-            entropy = -(log_p.exp() * log_p.masked_fill(itself, 0.0)).sum(1, keepdim=True)
-            low, high = (
-                torch.where(entropy > wanted, middle, low),
-                torch.where(entropy > wanted, high, middle),
-            )
-        return log_p.exp()
-
-
-def divergence(
-    p: Float[Tensor, "cells cells"], z: Float[Tensor, "*draws cells latent"]
-) -> Float[Tensor, "*draws cells"]:
-    """Return each cell's KL of p from q(j given i), a Student-t kernel of z with one degree of freedom.
-
-    Parameters
-    ----------
-    p
-        Similarities, rows sum to 1.
-    z
-        Points.
-    """
-    n = len(p)
-    if n == 1:
-        return z.new_zeros(z.shape[:-1])
-    squared = (z.unsqueeze(-2) - z.unsqueeze(-3)).square().sum(-1)
-    itself = torch.eye(n, dtype=torch.bool, device=z.device)
-    log_q = (-torch.log1p(squared)).masked_fill(itself, -1e9).log_softmax(-1)
-    return (p * (p.clamp_min(1e-12).log() - log_q)).masked_fill(itself, 0.0).sum(-1)

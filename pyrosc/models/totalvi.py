@@ -1,31 +1,25 @@
 """TOTALVI: the variational autoencoder of RNA and surface proteins of the same cells (totalVI)."""
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
-from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import softplus
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
 from pyrosc.distributions.counts import NegativeBinomial
-from pyrosc.engine.rng import seeded
+from pyrosc.models.building import decoder_for, likelihood_for, recipe, require
 from pyrosc.nn.covariates import Covariates
 from pyrosc.nn.encoder_decoder import CellsLinear, Decoder
-from pyrosc.nn.layers import MLP, activation, check_sizes, normal
+from pyrosc.nn.layers import MLP, activation, normal
 from pyrosc.nn.library_size import library_of
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.likelihoods import Likelihood
 from pyrosc.nn.priors import StandardNormal
+from pyrosc.nn.proteins import Background, BothLinear
 
 
 class TOTALVI(nn.Module):
@@ -65,18 +59,12 @@ class TOTALVI(nn.Module):
         From cells to features, (cells, hidden).
     z_moments, beta_moments
         From features to the moments of z, (cells, 2 latent), and of log beta, (cells, 2 proteins).
-    decoder
-        From z and cells to features h and shares rho.
-    likelihood
-        From l rho, h and batches to the distribution of the RNA counts.
+    decoder, likelihood, library, library_encoder, prior
+        See :class:`VAE`.
     foreground
         From h to what gives alpha and p, (cells, 2 proteins).
     background
         From cells to the prior of beta, (cells, proteins).
-    library, library_encoder
-        From cells to the prior and to the guide's distribution of l, (cells, 1).
-    prior
-        From cells to the prior of z, vectors of batch shape (cells,).
 
     References
     ----------
@@ -86,8 +74,6 @@ class TOTALVI(nn.Module):
 
     elbo = TraceMeanField_ELBO
     weight_decay = 5.0
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -97,28 +83,23 @@ class TOTALVI(nn.Module):
         decoder: Decoder,
         likelihood: Likelihood,
         foreground: nn.Linear,
-        background: "Background",
+        background: Background,
         library: nn.Module,
         library_encoder: nn.Module,
         prior: nn.Module,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.z_moments = z_moments
-        self.beta_moments = beta_moments
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.foreground = foreground
-        self.background = background
-        self.library = library
-        self.library_encoder = library_encoder
-        self.prior = prior
+        self.encoder, self.z_moments, self.beta_moments = encoder, z_moments, beta_moments
+        self.decoder, self.likelihood = decoder, likelihood
+        self.foreground, self.background = foreground, background
+        self.library, self.library_encoder, self.prior = library, library_encoder, prior
         self.log_inverse_dispersion = nn.Parameter(torch.full((foreground.out_features // 2,), 2.0))
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         likelihood: str = "nb",
         library: str = "observed",
@@ -143,43 +124,25 @@ class TOTALVI(nn.Module):
         ValueError
             If the data have no proteins, `hidden` no layer, or a name is unknown.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        data = as_counts(data)
-        if not hidden:
-            msg = "hidden names a layer at least, not ()"
-            raise ValueError(msg)
+        require(hidden, "hidden names a layer at least, not ()")
         n_proteins = len(data.schema.proteins)
-        if not n_proteins:
-            msg = 'the data have no proteins: read them with from_anndata(..., protein_key="...")'
-            raise ValueError(msg)
-        seen = Covariates.for_data(data)
-        with seeded(torch.device("cpu"), seed):
-            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
-            decoder.start_at(torch.as_tensor(data.share))
-            totalvi = cls(
-                nn.Sequential(
-                    BothLinear(CellsLinear(data.n_genes, hidden[0], Covariates()), n_proteins, hidden[0]),
-                    *activation(hidden[0], norm=norm, dropout=dropout),
-                    MLP(hidden[0], hidden[1:], norm=norm, dropout=dropout),
-                ),
-                nn.Linear(hidden[-1], 2 * n_latent),
-                nn.Linear(hidden[-1], 2 * n_proteins),
-                decoder,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
-                ),
-                nn.Linear(decoder.n_out, 2 * n_proteins),
-                Background.for_data(data),
-                *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
-                StandardNormal(n_latent),
-            )
-        totalvi.recipe, totalvi.schema = recipe, data.schema
-        return totalvi
+        require(n_proteins, 'the data have no proteins: read them with from_anndata(..., protein_key="...")')
+        decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
+        return cls(
+            nn.Sequential(
+                BothLinear(CellsLinear(data.n_genes, hidden[0], Covariates()), n_proteins, hidden[0]),
+                *activation(hidden[0], norm=norm, dropout=dropout),
+                MLP(hidden[0], hidden[1:], norm=norm, dropout=dropout),
+            ),
+            nn.Linear(hidden[-1], 2 * n_latent),
+            nn.Linear(hidden[-1], 2 * n_proteins),
+            decoder,
+            likelihood_for(data, likelihood, dispersion, decoder.n_out),
+            nn.Linear(decoder.n_out, 2 * n_proteins),
+            Background.for_data(data),
+            *library_of(library, data, Covariates(), hidden[:1], norm=norm, dropout=dropout),
+            StandardNormal(n_latent),
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample z, l, beta and the counts of genes and proteins."""
@@ -212,76 +175,3 @@ class TOTALVI(nn.Module):
             loc = torch.where(measured, prior.loc + shift.loc, prior.loc)
             scale = torch.where(measured, shift.scale, prior.scale)
             pyro.sample("beta", dist.LogNormal(loc, scale).mask(measured).to_event(1))
-
-
-class BothLinear(nn.Module):
-    """A linear map of log(1 + x), and of log(1 + y) of the proteins measured and of which these are.
-
-    Parameters
-    ----------
-    cells
-        The map of the genes' counts.
-    n_proteins, n_out
-        Widths of y and of the result.
-    """
-
-    def __init__(self, cells: CellsLinear, n_proteins: int, n_out: int) -> None:
-        super().__init__()
-        self.cells = cells
-        self.proteins = nn.Linear(2 * n_proteins, n_out, bias=False)
-
-    def forward(self, cells: Cells) -> Float[Tensor, "cells out"]:
-        """Return the map of each cell."""
-        measured = (cells.proteins >= 0).to(cells.x)
-        y = cells.proteins.clamp_min(0.0).log1p()
-        return self.cells(cells) + self.proteins(torch.cat([y * measured, measured], -1))
-
-
-class Background(nn.Module):
-    """p(beta) = LogNormal(c, d^2) of each batch and protein, learned.
-
-    Parameters
-    ----------
-    log_mean, log_sd
-        Where c and log d start, (batches, proteins), natural log of counts; NaN where it is not known.
-    """
-
-    start: Tensor
-
-    def __init__(
-        self, log_mean: Float[Tensor, "batches proteins"], log_sd: Float[Tensor, "batches proteins"]
-    ):
-        super().__init__()
-        self.register_buffer("start", torch.cat([log_mean, log_sd], -1))
-        self.change = nn.Parameter(torch.zeros_like(self.start))  # 0 is where weight decay draws it to
-
-    @classmethod
-    def for_data(cls, data: Counts) -> "Background":
-        """Start at the lower of two normals fitted to log(1 + y) in each batch that has the protein."""
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.mixture import GaussianMixture  # takes long to import
-
-        n_batches, n_proteins = len(data.schema.batches), len(data.schema.proteins)
-        moments = np.full((2, n_batches, n_proteins), np.nan)
-        for s in range(n_batches):
-            for t, y in enumerate(data.proteins[data.batch == s].T):
-                y = np.log1p(y[y >= 0])
-                if len(np.unique(y)) < 3:
-                    moments[:, s, t] = (y.mean(), 0.5) if len(y) else np.nan
-                    continue
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConvergenceWarning)  # a start need not be the end
-                    mixture = GaussianMixture(2, random_state=0).fit(y[:, None])
-                lower = mixture.means_.argmin()
-                moments[:, s, t] = mixture.means_[lower, 0], mixture.covariances_[lower, 0, 0] ** 0.5
-        # A batch without the protein starts at the mean of those that have it; without any, it is not known.
-        have = ~np.isnan(moments)
-        total, n = np.where(have, moments, 0).sum(1, keepdims=True), have.sum(1, keepdims=True)
-        mean = np.divide(total, n, out=np.full_like(total, np.nan), where=n > 0)
-        c, d = torch.as_tensor(np.where(have, moments, mean)).float()
-        return cls(c.clamp_min(-1.0), d.clamp(0.05, 2.0).log())
-
-    def forward(self, cells: Cells) -> dist.LogNormal:
-        """Return LogNormal, (cells, proteins)."""
-        c, log_d = (self.start.nan_to_num() + self.change)[cells.batch].chunk(2, -1)
-        return dist.LogNormal(c, log_d.exp())

@@ -1,24 +1,18 @@
 """VAE: the variational autoencoder of single-cell counts (scVI, scVAE)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
-import torch
-from anndata import AnnData
 from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
+from pyrosc.models.building import decoder_for, likelihood_for, recipe, require
 from pyrosc.nn.covariates import Covariates
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-from pyrosc.nn.layers import check_sizes
 from pyrosc.nn.library_size import library_of
-from pyrosc.nn.likelihoods import Likelihood, likelihood_of
+from pyrosc.nn.likelihoods import Likelihood
 from pyrosc.nn.priors import prior_of
 
 
@@ -65,8 +59,6 @@ class VAE(nn.Module):
 
     elbo = TraceMeanField_ELBO
     weight_decay = 5.0
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self,
@@ -78,17 +70,14 @@ class VAE(nn.Module):
         prior: nn.Module,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.library = library
-        self.library_encoder = library_encoder
-        self.prior = prior
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.library, self.library_encoder, self.prior = library, library_encoder, prior
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         likelihood: str = "nb",
         library: str = "observed",
@@ -140,35 +129,22 @@ class VAE(nn.Module):
         Raises
         ------
         ValueError
-            If a name is unknown.
+            If a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        data = as_counts(data)
-        seen = Covariates.for_data(data)
-        encoded = seen if encode_covariates else Covariates()
-        if prior == "vamp" and encode_covariates:
-            msg = "pseudo-cells have no covariates: with a VampPrior give encode_covariates=False"
-            raise ValueError(msg)
-        with seeded(torch.device("cpu"), seed):
-            decoder = Decoder(n_latent, data.n_genes, seen, hidden[::-1], norm=norm, dropout=dropout)
-            decoder.start_at(torch.as_tensor(data.share))
-            encoder = Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout)
-            vae = cls(
-                encoder,
-                decoder,
-                likelihood_of(
-                    likelihood,
-                    n_genes=data.n_genes,
-                    n_hidden=decoder.n_out,
-                    n_batches=len(data.schema.batches),
-                    dispersion=dispersion,
-                ),
-                *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
-                prior_of(prior, n_latent, encoder, data, n_components),
-            )
-        vae.recipe, vae.schema = recipe, data.schema
-        return vae
+        require(
+            prior != "vamp" or not encode_covariates,
+            "pseudo-cells have no covariates: with a VampPrior give encode_covariates=False",
+        )
+        encoded = Covariates.for_data(data) if encode_covariates else Covariates()
+        decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
+        encoder = Encoder(data.n_genes, n_latent, encoded, hidden, norm=norm, dropout=dropout)
+        return cls(
+            encoder,
+            decoder,
+            likelihood_for(data, likelihood, dispersion, decoder.n_out),
+            *library_of(library, data, encoded, hidden[:1], norm=norm, dropout=dropout),
+            prior_of(prior, n_latent, encoder, data, n_components),
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample z, l and the counts."""

@@ -1,23 +1,19 @@
 """VASC: a VAE of scaled log counts with a layer that drops expression at random."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from anndata import AnnData
-from jaxtyping import Float
 from pyro.infer import TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import nn
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.minibatch import Cells
-from pyrosc.data.read import as_counts
-from pyrosc.data.schema import Schema
-from pyrosc.engine.rng import seeded
-from pyrosc.nn.layers import MLP, Dropout, check_sizes, normal
+from pyrosc.models.building import recipe, require
+from pyrosc.nn.layers import MLP, Dropout, normal, uniform_noise
 from pyrosc.nn.priors import StandardNormal
+from pyrosc.nn.transforms import scaled_log
 
 
 class VASC(nn.Module):
@@ -30,9 +26,10 @@ class VASC(nn.Module):
         m_ng    ~ Bernoulli(exp(-mu_ng^2))                  dropout, more often where expression is low
         t(x)_ng ~ Bernoulli(mu_ng (1 - m_ng))
 
-    In training m is drawn by Gumbel noise, relaxed at a `temperature`; otherwise its mean stands in its
-    place. t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no density of it, and the
-    objective no ELBO: its value compares nothing.
+    In training m is relaxed at a `temperature`, sigmoid((logit exp(-mu_ng^2) + logit u_ng) / temperature),
+    where site ``"u"`` is uniform in the model and in the guide, and adds nothing to the loss; otherwise m's
+    mean stands in its place. t(x) is no 0 or 1, so the Bernoulli's log density, the cross-entropy, is no
+    density of it, and the objective no ELBO: its value compares nothing.
 
     It does not know of batches: a question's `batch` changes nothing. Site ``"x"`` holds t(x), and its draws
     are 0 or 1, not counts.
@@ -56,22 +53,18 @@ class VASC(nn.Module):
     """
 
     elbo = TraceMeanField_ELBO
-    recipe: dict[str, Any] | None = None
-    schema: Schema | None = None
 
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, prior: StandardNormal, temperature: float = 0.5
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.prior = prior
-        self.temperature = temperature
+        self.encoder, self.decoder, self.prior, self.temperature = encoder, decoder, prior, temperature
 
     @classmethod
+    @recipe
     def for_data(
         cls,
-        data: Counts | AnnData,
+        data: Counts,
         *,
         temperature: float = 0.5,
         n_latent: int = 2,
@@ -84,37 +77,22 @@ class VASC(nn.Module):
 
         Parameters
         ----------
-        data
-            Counts, or an AnnData with counts in X.
         temperature
             Of the relaxed draws of dropout, above 0.
         dropout
             Probability that an input is dropped in training.
-        n_latent, hidden, norm, seed
+        data, n_latent, hidden, norm, seed
             See :meth:`VAE.for_data`.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown or a number out of range.
         """
-        recipe = {key: value for key, value in locals().items() if key not in ("cls", "data")}
-        check_sizes(hidden=hidden, n_latent=n_latent)
-        if not temperature > 0:
-            msg = f"temperature must be above 0, not {temperature!r}"
-            raise ValueError(msg)
-        data = as_counts(data)
-        with seeded(torch.device("cpu"), seed):
-            down = MLP(data.n_genes, hidden, norm=norm, dropout=0.0)
-            up = MLP(n_latent, hidden[::-1], norm=norm, dropout=0.0)
-            vasc = cls(
-                nn.Sequential(Dropout(dropout), down, nn.Linear(down.n_out, 2 * n_latent)),
-                nn.Sequential(up, nn.Linear(up.n_out, data.n_genes)),
-                StandardNormal(n_latent),
-                temperature,
-            )
-        vasc.recipe, vasc.schema = recipe, data.schema
-        return vasc
+        require(temperature > 0, f"temperature must be above 0, not {temperature!r}")
+        down = MLP(data.n_genes, hidden, norm=norm, dropout=0.0)
+        up = MLP(n_latent, hidden[::-1], norm=norm, dropout=0.0)
+        return cls(
+            nn.Sequential(Dropout(dropout), down, nn.Linear(down.n_out, 2 * n_latent)),
+            nn.Sequential(up, nn.Linear(up.n_out, data.n_genes)),
+            StandardNormal(n_latent),
+            temperature,
+        )
 
     def model(self, cells: Cells) -> None:
         """Sample z and the scaled log counts."""
@@ -125,26 +103,17 @@ class VASC(nn.Module):
             # (A gene that is not expressed at all has the share of a millionth of a count.)
             expected = torch.expm1(mu * largest) + 1e-6
             pyro.deterministic("rho", expected / expected.sum(-1, keepdim=True), event_dim=1)
-            kept = (mu * (1 - self._dropped(mu))).clamp(1e-6, 1 - 1e-6)
+            m = torch.exp(-(mu**2)).clamp(1e-6, 1 - 1e-6)
+            if self.training:
+                u = pyro.sample("u", uniform_noise(t)).clamp(1e-6, 1 - 1e-6)
+                m = torch.sigmoid((m.logit() + u.logit()) / self.temperature)
+            kept = (mu * (1 - m)).clamp(1e-6, 1 - 1e-6)
             pyro.sample("x", dist.Bernoulli(kept, validate_args=False).to_event(1), obs=t)
 
     def guide(self, cells: Cells) -> None:
-        """Sample z given the counts."""
+        """Sample z given the counts, and in training the noise of m."""
+        t, _ = scaled_log(cells)
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
-            pyro.sample("z", normal(self.encoder(scaled_log(cells)[0])).to_event(1))
-
-    def _dropped(self, mu: Float[Tensor, "*draws cells genes"]) -> Float[Tensor, "*draws cells genes"]:
-        """Return m: a relaxed draw in training, else its mean."""
-        p = torch.exp(-(mu**2)).clamp(1e-6, 1 - 1e-6)
-        if not self.training:
-            return p
-        uniform = torch.rand_like(p).clamp(1e-6, 1 - 1e-6)
-        return torch.sigmoid((p.logit() + uniform.logit()) / self.temperature)
-
-
-def scaled_log(cells: Cells) -> tuple[Float[Tensor, "cells genes"], Float[Tensor, "cells 1"]]:
-    """Return log(1 + x), each cell's divided by its largest, and these largest; 1 of an empty cell."""
-    log = torch.log1p(cells.x)
-    largest = log.amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    return log / largest, largest
+            pyro.sample("z", normal(self.encoder(t)).to_event(1))
+            if self.training:
+                pyro.sample("u", uniform_noise(t))

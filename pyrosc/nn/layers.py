@@ -157,3 +157,8 @@ def normal(moments: Float[Tensor, "*draws cells twice"]) -> dist.Normal:
     """Return Normal(loc, scale): the first half of the columns are means, the other log variances."""
     loc, log_variance = moments.chunk(2, -1)
     return dist.Normal(loc, torch.exp(0.5 * log_variance.clamp(-15, 15)) + 1e-4)
+
+
+def uniform_noise(t: Float[Tensor, "*draws cells genes"]) -> dist.MaskedDistribution:
+    """Return a uniform number beside each of t: noise of model and guide alike, of no weight in the loss."""
+    return dist.Uniform(torch.zeros_like(t), torch.ones_like(t)).to_event(1).mask(mask=False)

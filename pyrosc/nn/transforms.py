@@ -144,6 +144,14 @@ def _share(expected: Float[Tensor, "*draws cells genes"]) -> Float[Tensor, "*dra
     return expected / expected.sum(-1, keepdim=True)
 
 
+def scaled_log(cells: Cells) -> tuple[Float[Tensor, "cells genes"], Float[Tensor, "cells 1"]]:
+    """Return log(1 + x), each cell's divided by its largest, and these largest; 1 of an empty cell."""
+    log = torch.log1p(cells.x)
+    largest = log.amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return log / largest, largest
+
+
 def transform_of(name: str, data: Counts) -> Any:
     """Return the transform called ``"log"``, ``"pearson"`` or ``"raw"``.
 

@@ -1,6 +1,8 @@
 import numpy as np
+import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from scipy import integrate, stats
 from torch.distributions import kl_divergence
 
@@ -45,6 +47,48 @@ def test_relaxed_draws_come_close_to_exact_ones_and_have_gradients():
     torch.testing.assert_close(parameters[0].grad, q.inclusion, atol=0.02, rtol=0)
     gamma = q.inclusion.detach()
     torch.testing.assert_close(parameters[2].grad, gamma * (1 - gamma) * Q[0], atol=0.03, rtol=0)
+
+
+def test_an_exact_draw_has_no_pathwise_gradient_in_its_logits():
+    loc, scale, logits = (p.clone().requires_grad_() for p in Q)
+    exact = SpikeSlab(loc, scale, logits)
+    assert not exact.has_rsample
+    assert not exact.expand((4, 3)).to_event(1).has_rsample
+    assert not exact.sample().requires_grad
+    with pytest.raises(NotImplementedError, match=r"sample\(\), or relaxed"):
+        exact.rsample()
+    assert exact.relaxed(torch.tensor(9.0)).has_rsample
+    fixed = SpikeSlab(loc, scale, logits.detach())  # in the slab a draw is differentiable
+    assert fixed.has_rsample
+    assert fixed.rsample().requires_grad
+
+
+def test_an_estimator_of_exact_draws_has_the_gradient_of_the_elbo():
+    """By Trace_ELBO, for z from P and x given z from Normal(z, 1), against the ELBO in closed form."""
+    loc, scale, logits = (torch.tensor(v, requires_grad=True) for v in (0.5, 0.3, 0.4))
+    x, n = torch.tensor(1.5), 200_000
+
+    def model():
+        with pyro.plate("draws", n):
+            z = pyro.sample("z", SpikeSlab(*P))
+            pyro.sample("x", pyro.distributions.Normal(z, 1.0), obs=x)
+
+    def guide():
+        with pyro.plate("draws", n):
+            pyro.sample("z", SpikeSlab(loc, scale, logits))
+
+    half = 0.5 * np.log(2 * np.pi)
+    gamma = logits.sigmoid()
+    on = -half - ((x - loc) ** 2 + scale**2) / 2  # E log p(x given z), z from the slab
+    off = -half - x**2 / 2
+    elbo = gamma * on + (1 - gamma) * off - kl_divergence(SpikeSlab(loc, scale, logits), SpikeSlab(*P))
+    expected = torch.autograd.grad(elbo, (loc, scale, logits))
+    torch.manual_seed(0)
+    loss = Trace_ELBO().differentiable_loss(model, guide)
+    found = torch.autograd.grad(-loss / n, (loc, scale, logits))
+    # The terms that are averaged have sds of up to 5.
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=4 * 5 / n**0.5, rtol=0)
 
 
 def test_the_kl_is_the_mean_log_ratio():

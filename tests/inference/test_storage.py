@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import os
 import pickle
 import stat
@@ -13,6 +14,7 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
@@ -255,6 +257,20 @@ def test_a_saved_fit_can_be_read_by_whoever_may_read_a_new_directory(saved, tmp_
         assert mode(path) == mode(tmp_path / "file")
 
 
+@pytest.mark.parametrize("mask", [0o027, 0o002])
+def test_the_umask_is_kept_and_never_lifted(vae_fit, tmp_path, monkeypatch, mask):
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask is that of all threads"))
+            vae_fit.save(tmp_path / "fit")
+    finally:
+        os.umask(before)
+    mode = lambda path: stat.S_IMODE(path.stat().st_mode)
+    assert mode(tmp_path / "fit") == 0o777 & ~mask
+    assert {mode(path) for path in (tmp_path / "fit").iterdir()} == {0o666 & ~mask}
+
+
 def test_the_record_says_what_made_the_fit(saved, data):
     record = json.loads((saved / "fit.json").read_text())
     assert record["versions"].keys() >= {"pyrosc", "torch", "pyro-ppl", "python"}
@@ -368,6 +384,57 @@ def test_a_model_with_another_part_must_be_brought_again(data, tmp_path):
         pyrosc.load(tmp_path / "fit")
     loaded = pyrosc.load(tmp_path / "fit", model=vae)
     np.testing.assert_array_equal(pyrosc.latent(loaded, data), pyrosc.latent(fit, data))
+
+
+CHANGES = {
+    "AutoImpute": lambda m: setattr(m, "weight_decay", 1.0),
+    "AutoZI": lambda m: setattr(m, "least_dropout", 0.2),
+    "Autoencoder": lambda m: setattr(m.prior, "n_latent", 3),
+    "DCA": lambda m: setattr(m, "ridge", 1.0),
+    "GMVAE": lambda m: setattr(m, "elbo", Trace_ELBO),
+    "GaussianVAE": lambda m: setattr(m, "epochs", 3),
+    "LDVAE": lambda m: setattr(m.encoder.body[2], "dropped", 9),
+    "SCANVI": lambda m: setattr(m, "classification", 1.0),
+    "SCVIS": lambda m: setattr(m, "perplexity", 4.0),
+    "TOTALVI": lambda m: setattr(m.decoder.covariates, "sizes", [3, 2]),
+    "VAE": lambda m: setattr(m, "clip_norm", np.ones(2)),
+    "VASC": lambda m: setattr(m, "temperature", 1.0),
+    "VSC": lambda m: setattr(m.encoder, "prior_logit", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", pyrosc.models.__all__)
+def test_a_model_with_another_number_is_not_taken_for_its_recipe(name, rich):
+    more = {"n_components": 3} if name == "GMVAE" else {}
+    model = getattr(pyrosc, name).for_data(rich, hidden=(4,), **more)
+    fit = pairs.untrained(model, rich)
+    assert persist.recipe_of(fit)["class"] == name
+    CHANGES[name](model)
+    assert persist.recipe_of(fit) is None
+
+
+def test_a_changed_model_is_loaded_with_its_numbers_or_not_at_all(data, tmp_path):
+    scanvi = pyrosc.SCANVI.for_data(data, n_latent=2, hidden=(4,))
+    scanvi.classification = 3.0
+    fit = pyrosc.fit_svi(scanvi, data, epochs=1, progress=False)
+    fit.save(tmp_path / "fit")
+    with pytest.raises(ValueError, match="program of your own"):
+        pyrosc.load(tmp_path / "fit")
+    again = pyrosc.load(tmp_path / "fit", scanvi)
+    assert again.program.classification == 3.0
+    assert pairs.same_bits(fit, again)
+
+
+def test_an_infinite_clip_norm_is_saved(data, tmp_path):
+    dca = pyrosc.DCA.for_data(data, hidden=(4,))
+    dca.clip_norm = math.inf  # clip nothing
+    fit = pyrosc.fit_svi(dca, data, epochs=1, progress=False)
+    fit.save(tmp_path / "fit")
+    text = (tmp_path / "fit" / "fit.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    again = pyrosc.load(tmp_path / "fit", dca)
+    assert again.settings["clip_norm"] == math.inf
+    assert again.settings == fit.settings
 
 
 def test_numbers_of_numpy_are_saved_and_the_record_is_strict_json(data, tmp_path):

@@ -319,7 +319,7 @@ def test_two_fits_live_beside_each_other(name, fit, rich, vae_fit, data):
 
 
 @every_case
-def test_steps_are_replayed_as_they_are_run(name, data, monkeypatch):
+def test_steps_are_replayed_as_they_are_run(name, rich, monkeypatch):
     """To the bit as they are recorded; rewritten, the losses of two epochs to a few units of float32."""
     monkeypatch.setattr(step, "RECORD_AFTER", 1)
     monkeypatch.setattr(step, "RECORD_FOR", 0)
@@ -327,8 +327,8 @@ def test_steps_are_replayed_as_they_are_run(name, data, monkeypatch):
     settings = settings_of(name) | {"epochs": 2}
 
     def fit(*, replay):
-        program, guide = CASES[name](data)
-        return fit_svi(program, data, guide=guide, replay=replay, **settings)
+        program, guide = CASES[name](rich)
+        return fit_svi(program, rich, guide=guide, replay=replay, **settings)
 
     run, rewritten = fit(replay=False), fit(replay=True)
     monkeypatch.setattr(replay, "REWRITES", ())

@@ -93,8 +93,6 @@ def test_what_hangs_on_a_site_that_was_summed_out_is_refused(data, few):
         lambda: impute(fit, few),
         lambda: impute(fit, few, "rate"),
     ):
-        with pytest.raises(
-            ValueError, match=r"the guide samples no \['y'\], so there are no"
-        ):
+        with pytest.raises(ValueError, match=r"the guide samples no \['y'\], so there are no"):
             ask()
     assert np.isfinite(log_likelihood(fit, few).nats).all()  # whose proposal may be the prior

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from pyrosc.models.scvis import divergence, similarities
+from pyrosc.nn.neighbours import divergence, similarities
 
 
 def test_similarities_have_the_perplexity():
