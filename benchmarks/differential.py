@@ -240,7 +240,7 @@ def simulated(setting: str, seed: int, scale: float = 1.0) -> tuple[ad.AnnData, 
 
 
 def part_simulated(options: argparse.Namespace) -> Iterator[dict]:
-    for setting in SETTINGS:
+    for setting in ("batches", "nobody") if options.smoke else SETTINGS:
         for seed in options.seeds:
             adata, true, less = simulated(setting, seed, 0.2 if options.smoke else 1.0)
             for name, ask in contestants(adata, seed, options):

@@ -164,13 +164,14 @@ def test_genes_chosen_are_those_columns_and_streaming_changes_no_mean(monkeypatc
     fit, adata = known(X, MEAN, THETA, GATE)
     whole = impute(fit, adata, "rate", n_draws=5)
     some = impute(fit, adata, "rate", genes=["g3", "g0"], n_draws=5)
-    np.testing.assert_allclose(some.mean, whole.mean[:, [3, 0]], rtol=1e-6)
+    # (float32 in loops of other shapes)
+    np.testing.assert_allclose(some.mean, whole.mean[:, [3, 0]], rtol=1e-5)
     assert list(some.gene_names) == ["g3", "g0"]
     turned = impute(fit, adata[:, ::-1].copy(), "rate", n_draws=5)
-    np.testing.assert_allclose(turned.mean, whole.mean[:, ::-1], rtol=1e-6)
+    np.testing.assert_allclose(turned.mean, whole.mean[:, ::-1], rtol=1e-5)
     monkeypatch.setattr(sampling, "_ELEMENTS", 1)  # a cell at a time
     pieces = impute(fit, adata, "rate", n_draws=5)
-    np.testing.assert_allclose(pieces.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(pieces.mean, whole.mean, rtol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["rate", "predictive", "repaired"])
