@@ -107,7 +107,7 @@ def dropout_probability(
     --------
     >>> import pyrosc
     >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
-    >>> model = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,), likelihood='zinb')
+    >>> model = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,), likelihood="zinb")
     >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
     >>> probability = pyrosc.dropout_probability(fit, adata)
     >>> probability.shape, float(probability[adata.X.toarray() > 0].max())
