@@ -1,7 +1,8 @@
 """What every model gives at fixed weights and fixed draws, against numbers kept in golden_models.json.
 
 A change that is to change nothing leaves them as they are. Where a model is meant to change, its numbers are
-made anew by ``PYROSC_GOLDEN=write pytest tests/models/test_golden_models.py``; the difference shows what changed.
+made anew by ``PYROSC_GOLDEN=write pytest tests/models/test_golden_models.py``; the difference shows what
+changed.
 """
 
 import contextlib
