@@ -10,6 +10,22 @@ from pyrosc.data.counts import Counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.purity import is_pure
 
+SETTINGS = (
+    "epochs",
+    "minibatch_size",
+    "learning_rate",
+    "kl_warmup",
+    "kl_weight",
+    "validation",
+    "patience",
+    "weight_decay",
+    "clip_norm",
+    "precision",
+    "replay",
+    "seed",
+)
+"""Arguments of :func:`pyrosc.fit_svi` that a fit remembers."""
+
 
 def resolved(asked: dict[str, Any], model: Any, guide: Any, n_cells: int) -> dict[str, Any]:
     """Return the settings of a fit: as asked, as the model's attributes say, or the defaults.
