@@ -16,7 +16,7 @@ from pyrosc.differential.donor_variance import (
     donor_variance,
 )
 
-# Log likelihoods are sums, in any order, of logs of gamma functions as large as 1e5 nats, in float64; they may
+# Log likelihoods are sums, in any order, of logs of gamma functions as large as 1e5 nats, in float64, and may
 # be near 0 themselves.
 ROUNDED = {"rtol": 0, "atol": 1e-9}
 
