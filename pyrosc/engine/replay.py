@@ -32,6 +32,10 @@ class NotRecordableError(RuntimeError):
     """What a function does that no recording can hold."""
 
 
+class NotPureError(NotRecordableError):
+    """What shows that a function depends on more than tensors and torch's random numbers."""
+
+
 def gradients_of(loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> Gradients:
     """Return the function that runs a loss and differentiates it."""
 
@@ -98,13 +102,13 @@ def recorded(
         wanted = outcome(function)
         if not passes(graph):
             msg = "a replay on other inputs differs: a program does what no tensor operation shows"
-            raise NotRecordableError(msg)
+            raise NotPureError(msg)
         for rewrite in REWRITES:
             graph = _rewritten(graph, rewrite, passes)
         replay = replay_of(graph)
         if not passes(graph):
             msg = "a second replay differs from the first: a program keeps what it computes"
-            raise NotRecordableError(msg)
+            raise NotPureError(msg)
     finally:
         restore(state, kept)
     return replay

@@ -17,7 +17,7 @@ from pyrosc.engine.bfloat16 import LinearInBfloat16
 from pyrosc.engine.compare import agree, restore
 from pyrosc.engine.cpu.contention import Threads
 from pyrosc.engine.cuda_graph import CudaGraph
-from pyrosc.engine.replay import NotRecordableError, recorded
+from pyrosc.engine.replay import NotPureError, NotRecordableError, recorded
 from pyrosc.engine.rng import seeded
 from pyrosc.inference.contract import Program
 from pyrosc.inference.elbo import loss_and_gradients
@@ -177,7 +177,8 @@ class Step:
                 raise NotRecordableError(msg)
         except NotRecordableError as error:
             self.replayed = str(error)
-            _log.info("steps are run, not replayed: %s", error)
+            level = logging.WARNING if isinstance(error, NotPureError) else logging.INFO
+            _log.log(level, "steps are run, not replayed: %s", error)
         else:
             self.replayed, self._at_recording = True, self._fingerprint()
             _log.info("steps are replayed from here on")
@@ -190,7 +191,7 @@ class Step:
         restore(self.state, kept)
         if (what := changed(before, self._fingerprint())) is not None:
             msg = f"a program changes {what} from step to step"
-            raise NotRecordableError(msg)
+            raise NotPureError(msg)
 
     def _fingerprint(self) -> dict[str, Any]:
         programs = [self.problem.model, self.problem.guide, self.problem.elbo, *self.problem.modules]
