@@ -76,11 +76,10 @@ RELATIVE = ("pyrosc", "deseq2")  # their fold changes are relative to what most 
 
 def by_pyrosc(adata: ad.AnnData, delta: float = DELTA) -> pd.DataFrame:
     data = pyrosc.from_anndata(adata, batch_key="batch" if "batch" in adata.obs else None)
-    fit = pyrosc.fit_svi(pyrosc.criticism.NoStructure.for_data(data), data, epochs=1, progress=False)
     donors = "donor" if "donor" in adata.obs else None
     with warnings.catch_warnings(action="ignore"):
         table = pyrosc.differential_expression(
-            fit, data, groupby="side", group="1", delta=delta, replicate_key=donors
+            data, groupby="side", group="1", delta=delta, replicate_key=donors
         )
     table = table.set_index("gene").loc[adata.var_names]
     # (What ranks is the error of a call, and the evidence where that is too small to tell.)
@@ -241,7 +240,7 @@ def simulated(setting: str, seed: int, scale: float = 1.0) -> tuple[ad.AnnData, 
 
 
 def part_simulated(options: argparse.Namespace) -> Iterator[dict]:
-    for setting in SETTINGS:
+    for setting in ("batches", "nobody") if options.smoke else SETTINGS:
         for seed in options.seeds:
             adata, true, less = simulated(setting, seed, 0.2 if options.smoke else 1.0)
             for name, ask in contestants(adata, seed, options):

@@ -26,7 +26,7 @@ import torch
 from scipy.sparse import csr_matrix, vstack
 
 import pyrosc
-from pyrosc.inference import loop as training
+from pyrosc.inference import step as training
 
 TARGETS = {128: 500_000, 4096: 2_000_000}
 

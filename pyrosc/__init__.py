@@ -36,15 +36,16 @@ from pyrosc.models import (
     AutoZI,
     GaussianVAE,
 )
-from pyrosc.posterior.discrete_states import Clusters, clusters, foreground, inclusion, predict
+from pyrosc.posterior.discrete_states import Clusters, clusters, inclusion, predict
 from pyrosc.posterior.draws import draws
 from pyrosc.posterior.imputation import Imputation
-from pyrosc.posterior.impute import impute, impute_proteins
+from pyrosc.posterior.impute import impute
 from pyrosc.posterior.latent import latent
 from pyrosc.posterior.log_likelihood import LogLikelihood, elbo, log_likelihood
 from pyrosc.posterior.multiple_imputation import multiple_imputation
 from pyrosc.posterior.parameters import loadings, zero_inflation
 from pyrosc.posterior.predictive import dropout_probability, posterior_predictive
+from pyrosc.posterior.proteins import foreground, impute_proteins
 from pyrosc.reference_mapping import fit_query
 
 __all__ = [

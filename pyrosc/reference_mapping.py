@@ -63,6 +63,18 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
     References
     ----------
     Lotfollahi et al., Mapping single-cell data to reference atlases by transfer learning, 2022.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(90, 30, n_batches=3, seed=0)
+    >>> is_new = adata.obs["batch"] == "batch_2"
+    >>> reference = pyrosc.from_anndata(adata[~is_new], batch_key="batch")
+    >>> vae = pyrosc.VAE.for_data(reference, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, reference, epochs=2, progress=False)
+    >>> query = pyrosc.fit_query(fit, adata[is_new], epochs=2, progress=False)
+    >>> query.schema.batches, pyrosc.latent(query, adata).shape
+    (('batch_0', 'batch_1', 'batch_2'), (90, 2))
     """
     check_fit(fit)
     schema, counts = _extended(fit.schema, data)
@@ -78,9 +90,8 @@ def fit_query(fit: Fit, data: Counts | anndata.AnnData, **settings: Any) -> Fit:
         raise TypeError(msg)
     if schema.absent:
         counts = completed(replace(fit, program=program, schema=schema), counts)
-        program, grown = _grown(
-            fit, counts
-        )  # what is read off the data, such as totals, is of whole cells now
+        # What is read off the data, such as totals, is of whole cells now.
+        program, grown = _grown(fit, counts)
     query = fit_svi(program, counts, **settings)
     for module, name in grown:
         remove_parametrizations(query.program.get_submodule(module), name)

@@ -10,6 +10,7 @@ from scipy.special import gammaln
 from torch import nn
 
 from pyrosc import Fit, distributions
+from pyrosc.inference.found import Found
 
 
 def empty_params():
@@ -19,8 +20,11 @@ def empty_params():
 def untrained(program, data, guide=None, params=None, plates=1):
     """A Fit of a program as it is."""
     history = pd.DataFrame({"train": [1.0], "validation": [1.0]}).rename_axis("epoch")
-    settings = {"seed": 0, "best_epoch": 0, "n_train": data.n_cells, "plate_nesting": plates}
-    return Fit(program, guide, params or empty_params(), data.schema, history, settings, torch.device("cpu"))
+    found = Found(
+        data.n_cells, data.n_cells, 0, plates, False, "it is not trained", (1,), data.fingerprint, {}
+    )
+    params, cpu = params or empty_params(), torch.device("cpu")
+    return Fit(program, guide, params, data.schema, history, {"seed": 0}, found, cpu)
 
 
 def wave(*shape, phase=0.0, size=0.1):

@@ -1,160 +1,224 @@
-"""The house rules: layers, inheritance, docstrings, pickle, print, light imports, running examples."""
+"""The house: rooms and the direction between them, sizes, names, and what is not done."""
 
 import ast
+import graphlib
 import importlib
 import inspect
-import os
+import io
 import pkgutil
 import re
-import subprocess
-import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
 import pyrosc
+from pyrosc import plots
 
 PACKAGE = Path(pyrosc.__file__).parent
-ROOT = Path(__file__).parents[1]
-SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Lowest first. A file imports from layers below its own only; those of a layer do not know each other.
-LAYERS = [
-    {"kernels", "cuda"},
-    {"compiled"},
-    {"random", "cells", "datasets", "distributions", "sparse", "spike_slab"},
-    {"counts"},
-    {"reading"},
-    {"networks"},
-    {"priors", "library", "likelihoods", "transforms", "components"},
-    {"models.*"},
-    {"models"},
-    {"programs"},
-    {"fusing", "tracing"},
-    {"calling"},
-    {"objective", "optimiser", "precision", "recording"},
-    {"training"},
-    {"svi"},
-    {"persist"},
-    {"asking"},
-    {"rates"},
-    {"summaries"},
-    {"imputed"},
-    {"posterior", "imputation", "multiple", "evidence", "states"},
-    {"variation", "query"},
-    {"replicates"},
-    {"shrinkage"},
-    {"groups"},
-    {"differential", "criticism", "ranking"},
-    {"calibration", "interactions", "sets"},
-    {"plots"},
-    {"cli"},
-    {"__main__"},
+# Lowest first: a room imports from those before it only.
+ROOMS = [
+    "engine",
+    "data",
+    "datasets",
+    "distributions",
+    "nn",
+    "models",
+    "inference",
+    "posterior",
+    "reference_mapping",
+    "differential",
+    "criticism",
+    "plots",
+    "cli",
 ]
+# They may import the whole package, and nothing imports them.
+ABOVE = {"pyrosc.cli.command", "pyrosc.cli.demo", "pyrosc.__main__"}
 # Where users look for it: fit.save(...).
-EXCEPTIONS = {("svi", "pyrosc.persist", "save")}
+EXCEPTIONS = {("pyrosc.inference.fit", "pyrosc.inference.storage")}
+# What a room, or some of its modules, must not know besides. (`storage` looks models up by name.)
+UNKNOWN = {
+    "engine": {"pyro", "anndata", "pandas", "scanpy"},
+    "data": {"pyro"},
+    "inference": {"pyrosc.models"},
+    "posterior": {"pyrosc.models"},
+    "differential": {"pyrosc.models"},
+    **{
+        f"differential.{pure}": {"pyrosc.inference", "pyrosc.posterior", "pyro", "anndata"}
+        for pure in (
+            "group_sums",
+            "dispersion",
+            "donor_variance",
+            "quasi_likelihood",
+            "adaptive_shrinkage",
+            "design",
+            "calls",
+        )
+    },
+}
+KNOWN = {("pyrosc.inference.storage", "pyrosc.models")}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+
+SOURCES = {
+    ".".join(("pyrosc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text()) for module, path in SOURCES.items()}
+each_module = pytest.mark.parametrize("module", SOURCES)
 
 
-def module_of(path):
-    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__")
+def room_of(module):
+    return module.split(".")[1] if "." in module else ""
 
 
-def layer_of(module):
-    name = "models.*" if module.startswith("models.") else module
-    for i, layer in enumerate(LAYERS):
-        if name in layer:
-            return i
-    return pytest.fail(f"{module} has no layer: give it one in LAYERS")
+def imports_of(tree, modules):
+    """Return all modules that a file imports, in functions too: of ours to the file, of others as written."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            wholes = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {whole if whole in modules else node.module for whole in wholes}
+    return found
 
 
-def imports_of(tree, is_package=False):
-    """Yield (module of ours, name of the enclosing function or None, at runtime) for each import."""
-
-    def walk(node, function):
-        for child in ast.iter_child_nodes(node):
-            inside = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
-            if isinstance(child, ast.Import):
-                yield from ((alias.name, function) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, "imports are absolute"
-                for alias in child.names:
-                    whole = f"{child.module}.{alias.name}"
-                    is_module = (PACKAGE.parent / whole.replace(".", "/")).with_suffix(".py").exists()
-                    is_folder = (PACKAGE.parent / whole.replace(".", "/")).is_dir()
-                    yield (whole if is_module or is_folder else child.module, function)
-            yield from walk(child, inside)
-
-    for name, function in walk(tree, None):
-        if name == "pyrosc" or name.startswith("pyrosc."):
-            yield name, function
+def graph_of(trees, exceptions=frozenset()):
+    """Return {module: modules of ours that it imports}, less the exceptions."""
+    return {
+        module: {
+            name
+            for name in imports_of(tree, trees)
+            if name.split(".")[0] == "pyrosc" and (module, name) not in exceptions
+        }
+        for module, tree in trees.items()
+    }
 
 
-def public_modules():
-    for info in pkgutil.walk_packages([str(PACKAGE)], "pyrosc."):
-        if not info.name.endswith("__main__"):
-            yield importlib.import_module(info.name)
+def wrong_ways(graph):
+    """Return the imports from a room that is not below the importing one."""
+    floor = {room: i for i, room in enumerate(ROOMS)}
+    return {
+        f"{module} imports {name}"
+        for module, names in graph.items()
+        for name in names
+        if module not in {"pyrosc", *ABOVE}
+        and room_of(module) != room_of(name)
+        and floor.get(room_of(module), -1) < floor.get(room_of(name), len(ROOMS))
+    }
+
+
+def cycle_of(graph):
+    """Return the modules of a cycle of imports, first and last the same; nothing where there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def unknown_imports(trees):
+    """Return the imports of what a room or a module must not know."""
+    return {
+        f"{module} imports {name}"
+        for place, names in UNKNOWN.items()
+        for module, tree in trees.items()
+        if (module + ".").startswith(f"pyrosc.{place}.")
+        for name in imports_of(tree, trees)
+        if any((name + ".").startswith(unknown + ".") and (module, unknown) not in KNOWN for unknown in names)
+    }
+
+
+# --- rooms
+
+
+def test_nothing_stands_outside_of_a_room():
+    outside = {module for module in SOURCES if room_of(module) not in {"", "__main__", *ROOMS}}
+    assert not outside
+    at_the_door = {path.stem for path in PACKAGE.glob("*.py")}
+    assert at_the_door == {"__init__", "__main__", "reference_mapping"}
+
+
+def test_a_room_imports_only_from_rooms_below():
+    assert not wrong_ways(graph_of(TREES, EXCEPTIONS))
+
+
+def test_imports_have_one_direction():
+    assert not cycle_of(graph_of(TREES, EXCEPTIONS))
+
+
+def test_no_exception_is_left_over():
+    graph = graph_of(TREES)
+    assert not {pair for pair in EXCEPTIONS if pair[1] not in graph[pair[0]]}
+
+
+def test_rooms_do_not_know_what_they_need_not():
+    assert not unknown_imports(TREES)
+
+
+def test_models_do_not_import_each_other():
+    for module in SOURCES:
+        if room_of(module) == "models" and module not in ("pyrosc.models", "pyrosc.models.building"):
+            others = {n for n in imports_of(TREES[module], TREES) if room_of(n) == "models"}
+            assert others <= {"pyrosc.models.building"}, module
+
+
+def house_of(**sources):
+    return {f"pyrosc.{name.replace('__', '.')}": ast.parse(source) for name, source in sources.items()}
+
+
+def test_imports_in_a_wrong_direction_would_be_noticed():
+    wrong = house_of(
+        engine__rng="from pyrosc.data.counts import Counts",
+        data__counts="def f():\n    from pyrosc.datasets import simulate",
+        datasets__simulate="import pyrosc",
+        posterior__latent="from pyrosc import reference_mapping",
+        reference_mapping="from pyrosc.posterior import latent",
+        datasets="",
+    )
+    assert wrong_ways(graph_of(wrong)) == {
+        "pyrosc.engine.rng imports pyrosc.data.counts",
+        "pyrosc.data.counts imports pyrosc.datasets.simulate",
+        "pyrosc.datasets.simulate imports pyrosc",
+        "pyrosc.posterior.latent imports pyrosc.reference_mapping",
+    }
+
+
+def test_cycles_would_be_noticed_in_functions_and_within_a_room():
+    round_about = house_of(
+        data__counts="def f():\n    from pyrosc.data import read",
+        data__read="from pyrosc.data.schema import Schema",
+        data__schema="class Schema:\n    def of(self):\n        import pyrosc.data.counts as counts",
+    )
+    cycle = cycle_of(graph_of(round_about))
+    assert set(cycle) == set(round_about)
+    once = graph_of(round_about, {("pyrosc.data.counts", "pyrosc.data.read")})
+    assert not cycle_of(once)
+
+
+def test_forbidden_knowledge_would_be_noticed():
+    wrong = house_of(
+        engine__trace="def f():\n    import pyro.poutine",
+        inference__svi="from pyrosc import models",
+        inference__storage="from pyrosc import models",
+        differential__calls="from pyrosc.inference.fit import Fit",
+        differential__expression="from pyrosc.inference.fit import Fit",
+        models="",
+    )
+    assert unknown_imports(wrong) == {
+        "pyrosc.engine.trace imports pyro.poutine",
+        "pyrosc.inference.svi imports pyrosc.models",
+        "pyrosc.differential.calls imports pyrosc.inference.fit",
+    }
 
 
 def classes_of_ours():
-    for module in public_modules():
-        for _, cls in inspect.getmembers(module, inspect.isclass):
-            if cls.__module__ == module.__name__:
-                yield cls
-
-
-def public_members():
-    """Yield (name, object) of every public module, function, class and method."""
-    for module in public_modules():
-        yield module.__name__, module
-        for name, thing in vars(module).items():
-            if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
-                continue
-            if inspect.isfunction(thing):
-                yield f"{module.__name__}.{name}", thing
-            elif inspect.isclass(thing):
-                yield f"{module.__name__}.{name}", thing
-                for method, inner in vars(thing).items():
-                    target = inner.__func__ if isinstance(inner, (classmethod, staticmethod)) else inner
-                    is_ours = inspect.isfunction(target) and target.__qualname__.startswith(thing.__name__)
-                    if not method.startswith("_") and (is_ours or isinstance(target, property)):
-                        yield f"{module.__name__}.{name}.{method}", target
-
-
-# --- layers
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_a_file_imports_only_from_layers_below(path):
-    module = module_of(path)
-    if module == "__init__":
-        return
-    own = layer_of(module)
-    for name, function in imports_of(ast.parse(path.read_text())):
-        if (module, name, function) in EXCEPTIONS:
-            continue
-        if name == "pyrosc":
-            assert module in ("cli", "__main__"), f"{module} imports the whole of pyrosc"
-            continue
-        target = name.removeprefix("pyrosc.")
-        assert layer_of(target) < own, f"{module} imports {target}, which is not below it"
-
-
-def test_the_layers_would_notice():
-    (name, function), *_ = imports_of(ast.parse("def save():\n    from pyrosc.persist import save"))
-    assert (name, function) == ("pyrosc.persist", "save")
-    assert layer_of("persist") > layer_of("svi")
-    names = [
-        name for name, _ in imports_of(ast.parse("from pyrosc import models\nimport pyrosc.svi\nimport re"))
-    ]
-    assert names == ["pyrosc.models", "pyrosc.svi"]
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("[a-z]*.py")), ids=module_of)
-def test_models_never_import_each_other(path):
-    assert not [
-        name for name, _ in imports_of(ast.parse(path.read_text())) if name.startswith("pyrosc.models")
-    ]
+    for info in pkgutil.walk_packages([str(PACKAGE)], "pyrosc."):
+        if not info.name.endswith("__main__"):
+            module = importlib.import_module(info.name)
+            yield from (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == info.name)
 
 
 def test_no_class_of_ours_inherits_from_another_of_ours():
@@ -163,54 +227,139 @@ def test_no_class_of_ours_inherits_from_another_of_ours():
         assert not ours, f"{cls.__name__} inherits from {ours}"
 
 
-# --- docstrings
+# --- sizes
 
 
-def test_every_public_name_has_a_docstring():
-    bare = [name for name, thing in public_members() if not (getattr(thing, "__doc__", "") or "").strip()]
-    assert not bare
+def lines_of_code(source):
+    """Return the numbers of the lines that hold more than a comment."""
+    idle = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {i for t in tokens if t.type not in idle for i in range(t.start[0], t.end[0] + 1)}
 
 
-def documented(doc):
-    """Return the names that a numpydoc section of parameters explains."""
-    section = re.search(r"^\s*Parameters\n\s*-+\n(.*?)(?=\n\s*\n?\s*\w[\w ]*\n\s*---|\Z)", doc, re.S | re.M)
-    if section is None:
-        return set()
-    lines = section.group(1).splitlines()
-    margin = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    heads = [line.strip() for line in lines if line.strip() and len(line) - len(line.lstrip()) == margin]
-    return {name.strip(" *") for head in heads for name in head.split(" : ")[0].split(",")}
+def long_functions(source):
+    """Yield (name, lines of code without the docstring) of functions that have too many."""
+    code = lines_of_code(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0]
+            doc = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node) else ()
+            n = len(code & {*range(node.lineno, node.end_lineno + 1)} - {*doc})
+            if n > MOST_LINES_OF_A_FUNCTION:
+                yield node.name, n
 
 
-def verbs():
-    """Yield (name, signature, docstring) of all that a user calls."""
-    for name in pyrosc.__all__:
-        thing = getattr(pyrosc, name)
-        if inspect.isfunction(thing):
-            yield name, inspect.signature(thing), thing.__doc__
-        elif inspect.ismodule(thing):
-            for inner in getattr(thing, "__all__", [n for n in vars(thing) if n[0] != "_"]):
-                target = getattr(thing, inner)
-                if (inspect.isfunction(target) and target.__module__ == thing.__name__) or (
-                    inspect.isclass(target) and target.__module__ == thing.__name__
-                ):
-                    yield f"{name}.{inner}", inspect.signature(target), target.__doc__
-        elif inspect.isclass(thing):
-            for method in ("for_data", "save"):
-                if hasattr(thing, method):
-                    bound = getattr(thing, method)
-                    yield f"{name}.{method}", inspect.signature(bound), bound.__doc__
-            if hasattr(thing, "for_data"):
-                yield name, inspect.signature(thing), thing.__doc__
+@each_module
+def test_files_and_functions_are_short(module):
+    source = SOURCES[module].read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    assert not dict(long_functions(source))
 
 
-@pytest.mark.parametrize(
-    ("name", "signature", "doc"), list(verbs()), ids=lambda v: v if isinstance(v, str) and len(v) < 40 else ""
-)
-def test_every_parameter_of_a_verb_is_documented(name, signature, doc):
-    wanted = {p for p in signature.parameters if p not in ("self", "cls", "args", "kwargs")}
-    missing = wanted - documented(inspect.cleandoc(doc))
-    assert not missing, f"{name} does not document {sorted(missing)}"
+def test_a_long_function_would_be_noticed():
+    body = '    """Doc.\n\n    More.\n    """\n' + "    # why\n\n    a = (\n        1\n    )\n" * 20
+    assert not dict(long_functions("def f():\n" + body.replace("a = (\n        1\n    )\n", "a = 1\n", 1)))
+    assert dict(long_functions("def f():\n" + body)) == {"f": 61}
+
+
+# --- names
+
+
+def names_at_the_top(tree):
+    """Return the functions, classes and values that a module defines at its top level, dunders left out."""
+
+    def walk(node):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif not isinstance(node, (ast.For, ast.expr_context, ast.comprehension, ast.Lambda)):
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child)
+
+    return {name for name in walk(tree) if not name.startswith("__")}
+
+
+def names_used_elsewhere(trees):
+    """Return (module, name) for each name of ours that another module imports or reads as its attribute."""
+    used = set()
+    for own, tree in trees.items():
+        found = set()
+        here = {}  # what a name of this file stands for, where that is a module of ours
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    if whole in trees:
+                        here[alias.asname or alias.name] = whole
+                    found.add((node.module, alias.name))
+            elif isinstance(node, ast.Import):
+                here |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                target = here.get(node.value.id) if isinstance(node.value, ast.Name) else None
+                found.add((target or ast.unparse(node.value), node.attr))
+        used |= {(module, name) for module, name in found if module != own}
+    return used
+
+
+def public_names():
+    """Return (module, name) of what users reach by a door, and of the parts that they build a model of."""
+    doors = [pyrosc, pyrosc.criticism, pyrosc.datasets, pyrosc.distributions, plots]
+    things = [(name, getattr(door, name)) for door in doors for name in door.__all__]
+    parts = {
+        (module, node.name)
+        for module, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and room_of(module) in ("nn", "models")
+    }
+    command = {("pyrosc.cli.command", "main")}  # setup.cfg names it
+    return parts | command | {(getattr(thing, "__module__", None), name) for name, thing in things}
+
+
+def loose_names(trees, public):
+    """Return what looks public and is used in its own file only."""
+    used = names_used_elsewhere(trees)
+    return {
+        f"{module}.{name}"
+        for module, tree in trees.items()
+        for name in names_at_the_top(tree)
+        if not name.startswith("_") and not {(module, name)} & (used | public)
+    }
+
+
+def borrowed_underscores(trees):
+    """Return the names with an underscore that a module takes from another."""
+    return {
+        f"{module}.{name}"
+        for module, name in names_used_elsewhere(trees)
+        if module in trees and name.startswith("_") and not name.startswith("__")
+    }
+
+
+def test_what_is_not_public_and_not_imported_has_an_underscore():
+    assert not loose_names(TREES, public_names())
+
+
+def test_no_name_with_an_underscore_is_imported():
+    assert not borrowed_underscores(TREES)
+
+
+def test_names_would_be_noticed():
+    wrong = house_of(
+        engine__rng="SEED: int = 1\n_OWN = 2\ndef f(a, b=3):\n    inner = 4\n    return lambda c: inner",
+        engine__adam="from pyrosc.engine import rng\nrng.f = rng._OWN\nOTHER, x = 1, 2",
+        engine__trace="from pyrosc.engine.adam import OTHER\nx = OTHER",
+        engine="",
+    )
+    assert borrowed_underscores(wrong) == {"pyrosc.engine.rng._OWN"}
+    public = {("pyrosc.engine.trace", "x")}
+    assert loose_names(wrong, public) == {"pyrosc.engine.rng.SEED", "pyrosc.engine.adam.x"}
+
+
+def test_all_names_exist_and_are_sorted():
+    assert pyrosc.__all__ == sorted(pyrosc.__all__, key=lambda n: (n.upper() != n, n[0].islower(), n))
+    assert all(hasattr(pyrosc, name) for name in pyrosc.__all__)
 
 
 # --- what is not done
@@ -227,81 +376,26 @@ def names_and_calls(tree):
             yield getattr(node, "module", "") or ""
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_no_pickle_no_global_seed_and_no_bare_print(path):
-    used = set(names_and_calls(ast.parse(path.read_text())))
+@each_module
+def test_no_pickle_no_global_seed_and_no_bare_print(module):
+    used = set(names_and_calls(TREES[module]))
     assert not used & {"pickle", "cloudpickle", "dill", "joblib", "torch.load", "torch.save", "shelve"}
     assert not used & {"eval", "exec", "torch.manual_seed", "pyro.set_rng_seed", "pyro.clear_param_store"}
-    if module_of(path) not in ("cli", "__main__"):
+    if module not in ABOVE:
         assert "print" not in used
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_no_path_of_a_machine(path):
-    assert not re.search(r"[\"'](/home|/work|/Users|/root|C:\\\\)", path.read_text())
+@each_module
+def test_no_path_of_a_machine(module):
+    assert not re.search(r"[\"'](/home|/work|/Users|/root|C:\\\\)", SOURCES[module].read_text())
 
 
-def run(*arguments, timeout=60, cwd=None):
-    """Run Python in a process of its own, this pyrosc first on its path."""
-    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        cwd=cwd,
-        check=False,
-    )
+# --- tests mirror the rooms
 
 
-def test_importing_pyrosc_is_light_and_leaves_the_process_alone():
-    code = (
-        "import numpy as np, torch, pyro, sys\n"
-        "before = (torch.get_rng_state().sum(), np.random.get_state()[1].sum(), pyro.settings.get(),"
-        " torch.get_num_threads())\n"
-        "import pyrosc\n"
-        "after = (torch.get_rng_state().sum(), np.random.get_state()[1].sum(), pyro.settings.get(),"
-        " torch.get_num_threads())\n"
-        "assert before == after\n"
-        "heavy = {'scanpy', 'scvi', 'lightning', 'jax', 'matplotlib.pyplot', 'mpmath', 'beartype'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    done = run("-W", "error", "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-
-
-def test_all_names_exist_and_are_sorted():
-    assert pyrosc.__all__ == sorted(pyrosc.__all__, key=lambda n: (n.upper() != n, n[0].islower(), n))
-    assert all(hasattr(pyrosc, name) for name in pyrosc.__all__)
-
-
-# --- examples and benchmarks
-
-SCRIPTS = sorted(
-    {*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")} - {ROOT / "benchmarks/common.py"}
-)
-
-
-def test_importing_pyrosc_imports_nothing_that_takes_long_beside_what_it_is_built_on():
-    before = "import sys, torch, pyro, anndata; before = {*sys.modules}; "
-    script = before + "import pyrosc; print(*{*sys.modules} - before)"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    slow = {
-        "scipy.stats",
-        "scipy.signal",
-        "scipy.interpolate",
-        "scipy.optimize",
-        "sklearn",
-        "matplotlib",
-        "numba",
-    }
-    assert not slow & {*run.stdout.split()}
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_examples_and_benchmarks_run(script, tmp_path):
-    done = run(str(script), "--smoke", timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_tests_lie_in_the_folder_of_their_room():
+    here = Path(__file__).parent
+    folders = {path.relative_to(here).parts[0] for path in here.glob("*/**/test_*.py")}
+    assert folders <= {*ROOMS}
+    names = [path.name for path in here.rglob("test_*.py")]
+    assert len(names) == len(set(names))

@@ -26,6 +26,8 @@ from pyrosc import (
 )
 from pyrosc.datasets.simulate import simulate, simulate_proteins
 from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated, without
+from pyrosc.nn.priors import Mixture
+from pyrosc.posterior.missing_genes import asked
 
 SETTINGS = {"epochs": 6, "minibatch_size": 64, "learning_rate": 1e-2, "progress": False}
 CASES = {
@@ -181,7 +183,7 @@ def test_a_cell_of_a_small_panel_keeps_its_depth(truth, query):
     """Completed, the genes that were counted have their share of the total, however few they are."""
     few = truth[1][:, :15]
     small = fit_query(query_of(query), few, epochs=1, progress=False)
-    counts = pyrosc.asking.asked(small, few)
+    counts = asked(small, few)
     share = pyrosc.impute(small, few, genes=list(few.var_names)).mean.sum(1)
     total = np.asarray(few.X.sum(1)).ravel()
     np.testing.assert_allclose(np.median(total / (counts.library * share)), 1, atol=0.1)
@@ -209,7 +211,7 @@ def test_proteins_of_a_query_without_any(cells):
 def test_a_model_that_for_data_did_not_make_alone_is_refused(cells):
     data = read(of_batches(cells, "batch_0"))
     model = VAE.for_data(data, n_latent=3, hidden=(8,))
-    model.prior = pyrosc.priors.Mixture(2, 3)
+    model.prior = Mixture(2, 3)
     with pytest.raises(TypeError, match="for_data alone"):
         fit_query(fit_svi(model, data, **SETTINGS), of_batches(cells, "batch_2"))
 
@@ -266,7 +268,7 @@ def test_leaving_genes_out_of_a_users_distribution():
 def test_training_leaves_the_absent_genes_out(truth, reference):
     less = truth[1][:, 10:].copy()
     query = fit_query(reference, less, epochs=1, progress=False)
-    few = pyrosc.asking.asked(query, less)[np.arange(5)].on("cpu").cells(torch.arange(5))
+    few = asked(query, less)[np.arange(5)].on("cpu").cells(torch.arange(5))
     with query.asking(0):
         guided = poutine.trace(query.guide).get_trace(few)
         site = poutine.trace(poutine.replay(query.model, guided)).get_trace(few).nodes["x"]

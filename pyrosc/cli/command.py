@@ -1,4 +1,4 @@
-"""cli.command."""
+"""The command line: its arguments, and what they run."""
 
 import argparse
 import sys

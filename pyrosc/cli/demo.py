@@ -1,4 +1,4 @@
-"""The command ``pyrosc``: ``pyrosc demo`` fits real cells and writes down what it found."""
+"""``pyrosc demo``: fits real cells and writes down what it found."""
 
 import sys
 import time
@@ -27,28 +27,28 @@ from pyrosc.posterior.impute import impute
 from pyrosc.posterior.latent import latent
 from pyrosc.posterior.log_likelihood import LogLikelihood, log_likelihood
 
-LABELS = "cell_type"
-MARKERS = ("CD79A", "MS4A1", "CD3D", "CD8A", "NKG7", "GNLY", "LYZ", "CST3", "S100A8", "FCER1A", "PPBP")
+_LABELS = "cell_type"
+_MARKERS = ("CD79A", "MS4A1", "CD3D", "CD8A", "NKG7", "GNLY", "LYZ", "CST3", "S100A8", "FCER1A", "PPBP")
 """Genes known to mark B cells, T cells, NK cells, monocytes, dendritic cells, platelets."""
-SHOWN = "CD19+ B"
+_SHOWN = "CD19+ B"
 """The cell type of the volcano."""
 
-SUMMARY, CELLS, TABLE = "summary.txt", "cells.h5ad", "differential_expression.csv"
-LOSSES, SPACE, IMPUTED, VOLCANO = "losses.png", "latent_space.png", "markers.png", "volcano.png"
-FILES = {
-    SUMMARY: "this text",
+_SUMMARY, _CELLS, _TABLE = "summary.txt", "cells.h5ad", "differential_expression.csv"
+_LOSSES, _SPACE, _IMPUTED, _VOLCANO = "losses.png", "latent_space.png", "markers.png", "volcano.png"
+_FILES = {
+    _SUMMARY: "this text",
     "fit/": 'the fitted model: pyrosc.load("fit")',
-    CELLS: 'the cells, with obsm["X_vae"], layers["imputed"] (shares of the counts), obs["cluster"]',
-    TABLE: "each gene in each cell type against the rest",
-    LOSSES: "the losses while fitting",
-    SPACE: "the latent space in two dimensions (t-SNE), by known label and by cluster",
-    IMPUTED: "known marker genes, observed and imputed",
-    VOLCANO: f"{SHOWN} cells against the rest",
+    _CELLS: 'the cells, with obsm["X_vae"], layers["imputed"] (shares of the counts), obs["cluster"]',
+    _TABLE: "each gene in each cell type against the rest",
+    _LOSSES: "the losses while fitting",
+    _SPACE: "the latent space in two dimensions (t-SNE), by known label and by cluster",
+    _IMPUTED: "known marker genes, observed and imputed",
+    _VOLCANO: f"{_SHOWN} cells against the rest",
 }
-OWN = {*FILES, "fit/fit.json", "fit/parameters.safetensors"}
-TITLE = "pyrosc demo"
+OWN = {*_FILES, "fit/fit.json", "fit/parameters.safetensors"}
+_TITLE = "pyrosc demo"
 
-NEXT = """\
+_NEXT = """\
 With cells of your own, where adata is an AnnData with whole counts in X:
   import pyrosc
   fit = pyrosc.fit_svi(pyrosc.VAE.for_data(adata), adata)
@@ -96,7 +96,7 @@ def demo(output: Path, *, epochs: int | None = None, smoke: bool = False, seed: 
     start = time.perf_counter()
     adata = _real_cells()
     _claim(output)
-    data = from_anndata(adata, labels_key=LABELS)
+    data = from_anndata(adata, labels_key=_LABELS)
     order = np.random.default_rng(seed).permutation(data.n_cells)
     test, train = np.sort(order[: data.n_cells // 5]), np.sort(order[data.n_cells // 5 :])
     _say(f"1/4 fitting a VAE to {len(train)} cells")
@@ -112,12 +112,12 @@ def demo(output: Path, *, epochs: int | None = None, smoke: bool = False, seed: 
         log_likelihood(fit, data[test], n_draws),
         log_likelihood(alike, data[test], 1),
         imputation,
-        differential_expression(fit, data, groupby=LABELS),
+        differential_expression(fit, data, groupby=_LABELS),
     )
     _say(f"4/4 writing {output}")
     _write(output, found, data)
     text = _summary(found, output, time.perf_counter() - start)
-    (output / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    (output / _SUMMARY).write_text(text + "\n", encoding="utf-8")
     print(text)
     return text
 
@@ -147,12 +147,12 @@ def _claim(output: Path) -> None:
     names = (path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
     if others := list(islice((name for name in names if name not in OWN), 3)):
         _stop(f"{output} holds files that are no pyrosc demo's ({', '.join(others)}). {remedy}")
-    summary = output / SUMMARY
-    if any(output.rglob("*")) and not (summary.exists() and summary.read_bytes().startswith(TITLE.encode())):
-        _stop(f"{output} is not empty and has no {SUMMARY} of an earlier demo. {remedy}")
+    summary = output / _SUMMARY
+    if any(output.rglob("*")) and not (summary.exists() and summary.read_bytes().startswith(_TITLE.encode())):
+        _stop(f"{output} is not empty and has no {_SUMMARY} of an earlier demo. {remedy}")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        summary.write_text(f"{TITLE}: not finished\n", encoding="utf-8")
+        summary.write_text(f"{_TITLE}: not finished\n", encoding="utf-8")
     except OSError as error:
         _stop(f"can't write to {output}: {error.strerror}. {remedy}")
 
@@ -166,7 +166,7 @@ def _annotated(
     adata.obsm["X_vae"] = z
     adata.obsm["X_vae_tsne"] = plots.layout(z, seed=seed)
     imputation.to_layer(adata, "imputed")
-    adata.obs["cluster"] = _named(_clusters(z, len(data.schema.labels), seed), adata.obs[LABELS])
+    adata.obs["cluster"] = _named(_clusters(z, len(data.schema.labels), seed), adata.obs[_LABELS])
     adata.obs["held_out"] = np.isin(np.arange(len(adata)), test)
     return adata
 
@@ -190,20 +190,20 @@ def _named(clusters: np.ndarray, labels: pd.Series) -> pd.Series:
 def _write(output: Path, found: _Findings, data: Counts) -> None:
     """Write all but the summary."""
     found.fit.save(output / "fit")
-    found.adata.write_h5ad(output / CELLS)
-    found.table.to_csv(output / TABLE, index=False, float_format="%.5g")
-    markers = [gene for gene in MARKERS if gene in data.schema.genes]
+    found.adata.write_h5ad(output / _CELLS)
+    found.table.to_csv(output / _TABLE, index=False, float_format="%.5g")
+    markers = [gene for gene in _MARKERS if gene in data.schema.genes]
     both = Figure(figsize=(13, 4.8), layout="constrained")
     both.suptitle("t-SNE of the latent space", fontsize="x-large")
     left, right = both.subplots(1, 2)
     xy, obs = found.adata.obsm["X_vae_tsne"], found.adata.obs
-    plots.embedding(xy, obs[LABELS], title="known labels (cells)", ax=left)
+    plots.embedding(xy, obs[_LABELS], title="known labels (cells)", ax=left)
     plots.embedding(xy, obs["cluster"], title="k-means clusters (cells)", ax=right)
     pictures = {
-        LOSSES: plots.history(found.fit).figure,
-        SPACE: both,
-        IMPUTED: plots.imputed_against_observed(found.imputation, data, LABELS, markers)[0].figure,
-        VOLCANO: plots.volcano(found.table[found.table.group == SHOWN]).figure,
+        _LOSSES: plots.history(found.fit).figure,
+        _SPACE: both,
+        _IMPUTED: plots.imputed_against_observed(found.imputation, data, _LABELS, markers)[0].figure,
+        _VOLCANO: plots.volcano(found.table[found.table.group == _SHOWN]).figure,
     }
     for name, picture in pictures.items():
         picture.savefig(output / name, dpi=120)
@@ -214,15 +214,15 @@ def _summary(found: _Findings, output: Path, seconds: float) -> str:
     adata, fit = found.adata, found.fit
     n_fitted = adata.n_obs - len(found.held_out.nats)
     parts = [
-        f"{TITLE}: {adata.n_obs} blood cells x {adata.n_vars} genes of one donor (Zheng et al. 2017), "
-        f"{len(adata.obs[LABELS].cat.categories)} known cell types",
+        f"{_TITLE}: {adata.n_obs} blood cells x {adata.n_vars} genes of one donor (Zheng et al. 2017), "
+        f"{len(adata.obs[_LABELS].cat.categories)} known cell types",
         f"A VAE was fitted to {n_fitted} of the cells, without their types, in {len(fit.history)} epochs "
-        f"(kept: {fit.settings['best_epoch'] + 1}). All took {seconds:.0f} s.",
+        f"(kept: {fit.found.best_epoch + 1}). All took {seconds:.0f} s.",
         _held_out_text(found),
         _clusters_text(found),
         _genes_text(found),
-        "\n".join([f"Written to {output}/", *(f"  {name:<27} {what}" for name, what in FILES.items())]),
-        NEXT,
+        "\n".join([f"Written to {output}/", *(f"  {name:<27} {what}" for name, what in _FILES.items())]),
+        _NEXT,
     ]
     return "\n\n".join(parts)
 
@@ -241,7 +241,7 @@ Does it describe cells that it has not seen? Mean log likelihood of {len(gain)} 
 
 def _clusters_text(found: _Findings) -> str:
     obs, obsm = found.adata.obs, found.adata.obsm
-    labels = obs[LABELS].astype(str)
+    labels = obs[_LABELS].astype(str)
     merged = labels.where(~labels.str.startswith(("CD4+/", "CD8+")), "T")
     n, n_merged, seed = labels.nunique(), merged.nunique(), found.fit.settings["seed"]
     ari = adjusted_rand_score
@@ -257,7 +257,7 @@ The PCs were made from the expression of all 700 cells; the VAE saw the counts o
 
 
 def _genes_text(found: _Findings) -> str:
-    sizes = found.adata.obs[LABELS].value_counts()
+    sizes = found.adata.obs[_LABELS].value_counts()
     lines = []
     for group, table in found.table[found.table.is_de].groupby("group", observed=True):
         up = table[table.lfc_mean > 0].sort_values("lfc_lower", ascending=False)

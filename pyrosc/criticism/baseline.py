@@ -1,4 +1,4 @@
-"""Is the fit any good? A model without structure to compare with, and counts to score imputation on."""
+"""A model without structure to compare with: all cells are alike."""
 
 from typing import Any
 
@@ -32,6 +32,16 @@ class NoStructure(nn.Module):
         Start of the log of the genes' shares, up to a constant, (genes,).
     log_inverse_dispersion
         Start of the natural log of theta, (genes,).
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.criticism.NoStructure.for_data(adata)
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, validation=0.0, progress=False)
+    >>> [drawn] = pyrosc.draws(fit, adata, "rho", n_draws=1)
+    >>> bool((drawn["rho"][0, 0] == drawn["rho"][0, 59]).all())  # all cells are alike
+    True
     """
 
     def __init__(self, log_share: torch.Tensor, log_inverse_dispersion: torch.Tensor) -> None:
@@ -91,9 +101,18 @@ def baseline(data: Counts | AnnData, **settings: Any) -> Fit:
     Examples
     --------
     The gain of a fit on cells that it was not fitted to, in nats per cell; nothing is latent in the baseline,
-    so one draw is exact::
+    so one draw is exact.
 
-        log_likelihood(fit, test).mean - log_likelihood(baseline(train), test, n_draws=1).mean
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(90, 30, seed=0)
+    >>> train, test = adata[:60], adata[60:]
+    >>> vae = pyrosc.VAE.for_data(train, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, train, epochs=2, progress=False)
+    >>> alike = pyrosc.criticism.baseline(train, progress=False)
+    >>> answers = pyrosc.log_likelihood(fit, test), pyrosc.log_likelihood(alike, test, n_draws=1)
+    >>> gain = answers[0].nats - answers[1].nats
+    >>> gain.shape
+    (30,)
     """
     data = as_counts(data)
     size = 4096

@@ -1,7 +1,8 @@
-"""Counts of all cells, with what is known of each, and the Schema of names that a fit keeps. No Pyro here."""
+"""Counts of all cells, with what is known of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,19 @@ class Counts:
     proteins : ndarray of shape (cells, proteins)
         Counts of surface proteins, float32; -1 is one that was not measured.
     schema : Schema
+
+    Examples
+    --------
+    Cells are selected as in numpy; the names of genes and categories stay.
+
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(100, 20, n_batches=2)
+    >>> data = pyrosc.from_anndata(adata, batch_key="batch")
+    >>> some = data[data.batch == 0]
+    >>> some.n_cells, some.n_genes, some.schema.batches
+    (50, 20, ('batch_0', 'batch_1'))
+    >>> some.obs["batch"].unique().tolist()
+    ['batch_0']
     """
 
     x: sp.csr_array
@@ -64,6 +78,15 @@ class Counts:
         """Each gene's share of all counts, shape (genes,), with a count added to each gene: none is zero."""
         total = np.asarray(self.x.sum(axis=0), dtype=np.float64).ravel() + 1
         return total / total.sum()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the counts and of the names of cells and genes, 16 hexadecimal digits."""
+        digest = blake2b(digest_size=8)
+        for array in (self.x.indptr.astype(np.int64), self.x.indices.astype(np.int64), self.x.data):
+            digest.update(np.ascontiguousarray(array).view(np.uint8))
+        digest.update("\n".join([*map(str, self.cell_names), *self.schema.genes]).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.n_cells

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from pyrosc.engine.backends import kernels
 
@@ -33,6 +34,20 @@ class Cells:
         Continuous covariates, in their own units.
     proteins : Tensor of shape (cells, proteins)
         Counts of surface proteins; -1 is one that was not measured.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> import torch
+    >>> data = pyrosc.from_anndata(pyrosc.datasets.simulate(100, 20, n_batches=2), batch_key="batch")
+    >>> cells = data.on("cpu").cells(torch.tensor([3, 0, 8]))
+    >>> cells.x.shape, cells.library.shape, cells.n_total
+    (torch.Size([3, 20]), torch.Size([3, 1]), 100)
+
+    As if they were measured in the second batch:
+
+    >>> cells.in_batch(1).batch
+    tensor([1, 1, 1])
     """
 
     x: Float[Tensor, "cells genes"]
@@ -63,6 +78,17 @@ class Cells:
     def in_batch(self, code: int) -> "Cells":
         """Return the same cells as if measured in another experimental batch (a counterfactual)."""
         return replace(self, batch=torch.full_like(self.batch, code))
+
+
+_TENSORS = ("x", "index", *_OF_CELLS)
+# The library is a tensor of its own, so that whoever replays what was done to cells need not sum it.
+register_pytree_node(
+    Cells,
+    lambda cells: ([*(getattr(cells, name) for name in _TENSORS), cells.library], cells.n_total),
+    lambda tensors, n_total: Cells(
+        n_total=n_total, **dict(zip(_TENSORS, [*tensors][:-1], strict=True))
+    ).knowing([*tensors][-1]),
+)
 
 
 def _version(x: Tensor) -> int | None:

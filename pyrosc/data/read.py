@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from pyrosc.data.counts import Counts, check_cells, check_names, columns, places
 from pyrosc.data.schema import Schema
 
-MAX_COUNT = 2**24
+_MAX_COUNT = 2**24
 """The largest count that float32 holds exactly together with all smaller ones."""
 
 IMPUTED = "pyrosc_imputed"
@@ -65,6 +65,21 @@ def from_anndata(
         the values are imputed (see :meth:`Imputation.to_layer`).
     TypeError
         If the counts are of a kind that can't be read.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(100, 20, n_batches=2)
+    >>> data = pyrosc.from_anndata(adata, batch_key="batch", labels_key="cell_type")
+    >>> data.x.shape, data.schema.batches
+    ((100, 20), ('batch_0', 'batch_1'))
+
+    Values that are no counts are refused:
+
+    >>> pyrosc.from_anndata(adata, layer="share")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: share has values that are not whole (e.g. ...): perhaps log-normalised data; ...
     """
     if not isinstance(adata, anndata.AnnData):
         msg = f"from_anndata reads an AnnData, not {type(adata).__name__}: anndata.read_h5ad(file) makes one"
@@ -205,7 +220,7 @@ def _check_values(values: np.ndarray, where: str, remedy: str = 'layer="counts"'
             f"give the raw counts, e.g. {remedy}"
         )
         raise ValueError(msg)
-    if values.size and values.max() > MAX_COUNT:
+    if values.size and values.max() > _MAX_COUNT:
         msg = f"{where} has a count of {values.max():.4g}, more than 2^24: are these counts of molecules?"
         raise ValueError(msg)
 

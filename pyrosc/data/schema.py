@@ -1,4 +1,4 @@
-"""data.schema."""
+"""Schema: the names of genes, batches, labels, covariates and proteins that a fit keeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

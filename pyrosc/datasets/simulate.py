@@ -1,4 +1,4 @@
-"""Counts to try a model on: drawn from a known truth, or real and offline."""
+"""Counts to try a model on, drawn from a known truth."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from scipy.special import expit, logit, softmax
 # only: a stream's bits follow from its place.
 _STREAMS = ("base", "types", "conditions", "batches", "donors", "cells", "libraries", "counts")
 
-Number = float | int  # beartype does not take 0 for a float
-Matrix = Float[np.ndarray, "cells genes"]
+_Number = float | int  # beartype does not take 0 for a float
+_Matrix = Float[np.ndarray, "cells genes"]
 
 
 def simulate(
@@ -26,20 +26,20 @@ def simulate(
     n_batches: int = 1,
     n_donors: int = 1,
     n_conditions: int = 1,
-    type_proportions: Sequence[Number] | np.ndarray | None = None,
-    base_shape: Number = 1.0,
-    de_fraction: Number = 0.1,
-    log2_fold_change: Number = 1.0,
-    log2_fold_change_sd: Number = 0.0,
-    condition_de_fraction: Number = 0.1,
-    condition_log2_fold_change: Number = 1.0,
-    batch_sd: Number = 0.2,
-    donor_sd: Number = 0.1,
-    library_mean: Number = 1000.0,
-    library_sd: Number = 0.4,
-    inverse_dispersion: Number | Sequence[Number] | np.ndarray = 5.0,
-    dropout: Number = 0.0,
-    dropout_slope: Number = 0.0,
+    type_proportions: Sequence[_Number] | np.ndarray | None = None,
+    base_shape: _Number = 1.0,
+    de_fraction: _Number = 0.1,
+    log2_fold_change: _Number = 1.0,
+    log2_fold_change_sd: _Number = 0.0,
+    condition_de_fraction: _Number = 0.1,
+    condition_log2_fold_change: _Number = 1.0,
+    batch_sd: _Number = 0.2,
+    donor_sd: _Number = 0.1,
+    library_mean: _Number = 1000.0,
+    library_sd: _Number = 0.4,
+    inverse_dispersion: _Number | Sequence[_Number] | np.ndarray = 5.0,
+    dropout: _Number = 0.0,
+    dropout_slope: _Number = 0.0,
     seed: int = 0,
 ) -> AnnData:
     r"""Draw counts from a known truth: types, conditions, donors, batches, libraries, dropouts.
@@ -122,6 +122,22 @@ def simulate(
     ------
     ValueError
         If an argument is out of its range, or if 1000 rounds leave a cell without counts.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(100, 20, n_types=2, n_donors=4, n_conditions=2)
+    >>> adata.shape, adata.layers["share"].shape
+    ((100, 20), (100, 20))
+    >>> sorted(adata.obs["cell_type"].unique())
+    ['type_0', 'type_1']
+
+    The truth of a comparison of the two types, log2 fold changes of shares:
+
+    >>> import numpy as np
+    >>> true = np.log2(adata.var["share_type_0"] / adata.var["share_type_1"])
+    >>> true.shape
+    (20,)
     """
     arguments = dict(locals())  # first, while the arguments are all there is
     _check_arguments(arguments)
@@ -200,14 +216,14 @@ def _streams(seed: int) -> dict[str, np.random.Generator]:
     return {name: np.random.default_rng(child) for name, child in zip(_STREAMS, children, strict=True)}
 
 
-def _base_shares(rng: np.random.Generator, n_genes: int, shape: Number) -> Float[np.ndarray, "genes"]:
+def _base_shares(rng: np.random.Generator, n_genes: int, shape: _Number) -> Float[np.ndarray, "genes"]:
     # A small shape underflows to 0, which has no log.
     base = np.maximum(rng.gamma(shape, size=n_genes), np.finfo(float).tiny)
     return base / base.sum()
 
 
 def _fold_changes(
-    rng: np.random.Generator, shape: tuple[int, int], fraction: Number, mean: Number, sd: Number
+    rng: np.random.Generator, shape: tuple[int, int], fraction: _Number, mean: _Number, sd: _Number
 ) -> Float[np.ndarray, "groups genes"]:
     """Log2 fold changes: 0 but on a fraction of each group's genes, where they go up or down."""
     effects = np.zeros(shape)
@@ -219,7 +235,7 @@ def _fold_changes(
 
 
 def _log_effects(
-    rng: np.random.Generator, shape: tuple[int, int], sd: Number
+    rng: np.random.Generator, shape: tuple[int, int], sd: _Number
 ) -> Float[np.ndarray, "groups genes"]:
     """Natural log of each batch's or donor's effect on each gene; none if it has no other to differ from."""
     effects = rng.normal(0, sd, size=shape)
@@ -249,7 +265,7 @@ def _cell_table(
     return pd.DataFrame(columns, index=[f"cell_{i}" for i in range(n_cells)])
 
 
-def _dropout_probability(rate: Matrix, dropout: Number, slope: Number) -> Matrix:
+def _dropout_probability(rate: _Matrix, dropout: _Number, slope: _Number) -> _Matrix:
     """sigmoid(a - slope log(rate)), with a such that its mean over all entries is `dropout`."""
     if dropout == 0 or slope == 0:
         return np.full_like(rate, dropout)
@@ -262,7 +278,7 @@ def _dropout_probability(rate: Matrix, dropout: Number, slope: Number) -> Matrix
 
 
 def _draw_counts(
-    rng: np.random.Generator, rate: Matrix, theta: Float[np.ndarray, "genes"], dropout_probability: Matrix
+    rng: np.random.Generator, rate: _Matrix, theta: Float[np.ndarray, "genes"], dropout_probability: _Matrix
 ) -> tuple[Int[np.ndarray, "cells genes"], Bool[np.ndarray, "cells genes"]]:
     """x* and m."""
     poisson = np.isinf(theta)
@@ -272,7 +288,7 @@ def _draw_counts(
 
 
 def _draw_until_counted(
-    rng: np.random.Generator, rate: Matrix, theta: Float[np.ndarray, "genes"], dropout_probability: Matrix
+    rng: np.random.Generator, rate: _Matrix, theta: Float[np.ndarray, "genes"], dropout_probability: _Matrix
 ) -> tuple[Int[np.ndarray, "cells genes"], Bool[np.ndarray, "cells genes"]]:
     """x* and m, given that each cell keeps a count."""
     before, dropped = _draw_counts(rng, rate, theta, dropout_probability)
@@ -304,10 +320,10 @@ def simulate_proteins(
     adata: AnnData,
     n_proteins: int = 12,
     *,
-    background_mean: Number = 10.0,
-    background_sd: Number = 0.5,
-    fold_change: Number = 20.0,
-    inverse_dispersion: Number = 10.0,
+    background_mean: _Number = 10.0,
+    background_sd: _Number = 0.5,
+    fold_change: _Number = 20.0,
+    inverse_dispersion: _Number = 10.0,
     unmeasured_batches: Sequence[str] = (),
     seed: int = 0,
 ) -> AnnData:
@@ -346,6 +362,16 @@ def simulate_proteins(
     ------
     ValueError
         If there is one type only, or no batch of a name.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(100, 20, n_batches=2)
+    >>> adata = pyrosc.datasets.simulate_proteins(adata, 3, unmeasured_batches=["batch_1"])
+    >>> adata.obsm["protein_expression"].columns.tolist()
+    ['protein_0', 'protein_1', 'protein_2']
+    >>> int((adata.obsm["protein_expression"] == -1).all(axis=1).sum())
+    50
     """
     types, batches = adata.obs["cell_type"].cat, adata.obs["batch"].cat
     if len(types.categories) < 2 or set(unmeasured_batches) - set(batches.categories):

@@ -1,6 +1,6 @@
-"""Log2 fold changes between mean counts: their likelihood, a prior learned across genes, the posterior.
+"""Adaptive shrinkage of fold changes: a prior learned across genes, and each gene's posterior under it.
 
-It knows sums of counts, not models. Each of the three is a curve over :data:`LFC`, a grid.
+Likelihood, prior and posterior are curves over a grid, :data:`~pyrosc.differential.quasi_likelihood.LFC`.
 Curves of all genes are worked on in torch: numpy's threads and torch's, taking turns, wait for each other.
 """
 
@@ -15,15 +15,18 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from pyrosc.differential.quasi_likelihood import _LEAST, _STEP, LFC, beyond
+from pyrosc.differential.quasi_likelihood import LFC, LOG_LEAST, STEP, beyond
 
 _CENTRES = np.r_[np.zeros(7), np.arange(-4, 0, 0.5), np.arange(0.5, 4.5, 0.5)]
 _SDS = np.r_[0.05 * 2.0 ** np.arange(7), np.full(16, 0.35)]
 _MODES = 200  # the prior's mode is one of so many points to either side of 0
 _UNLIKE = -8.0  # log probability that the one gene which holds the mode at 0 is unlike the others
-_WIDE = np.arange(-_MODES, len(LFC) + _MODES) * _STEP + LFC[0]
-_LEAST32 = 1e-30  # the same, of float32 numbers
-_DENSITY = torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=_LEAST).exp()
+# Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
+_WIDE = np.arange(-_MODES, len(LFC) + _MODES) * STEP + LFC[0]
+_LEAST32 = 1e-30  # densities below are raised to this in float32, for the same reason
+_DENSITY = (
+    torch.from_numpy(-0.5 * ((_WIDE - _CENTRES[:, None]) / _SDS[:, None]) ** 2).clamp(min=LOG_LEAST).exp()
+)
 _SUMS = torch.nn.functional.pad(_DENSITY.cumsum(1), (1, 0))
 _MASS = (_SUMS[:, len(LFC) :] - _SUMS[:, : -len(LFC)]).flip(1)  # of each component with each mode, on LFC
 
@@ -54,7 +57,7 @@ class Posterior:
     @property
     def sd(self) -> Float[ndarray, "genes"]:
         """Posterior standard deviation, log2 fold change; the grid's own width is part of it."""
-        return np.sqrt(np.maximum(0, self._expected(LFC**2) - self.mean**2) + _STEP**2 / 12)
+        return np.sqrt(np.maximum(0, self._expected(LFC**2) - self.mean**2) + STEP**2 / 12)
 
     def above(self, t: float) -> Float[ndarray, "genes"]:
         """P(lfc > t)."""
@@ -70,7 +73,7 @@ class Posterior:
         i = torch.searchsorted(torch.from_numpy(self._cdf), level)[:, 0].clamp(max=len(LFC) - 1).numpy()
         gene = np.arange(len(i))
         short = self._cdf[gene, i] - q
-        return LFC[i] + _STEP * (0.5 - short / np.maximum(self.mass[gene, i], 1e-300))
+        return LFC[i] + STEP * (0.5 - short / np.maximum(self.mass[gene, i], 1e-300))
 
     def _expected(self, f: Float[ndarray, "points"]) -> Float[ndarray, "genes"]:
         return (torch.from_numpy(self.mass) @ torch.from_numpy(f)).numpy()
@@ -124,11 +127,11 @@ def shrink(likelihood: Float[ndarray, "genes points"], n_rounds: int = 5) -> Pos
             break
     if abs(mode) == _MODES:
         warnings.warn(
-            f"what most genes' fold changes have in common is not within +-{_MODES * _STEP:.0f}: a few genes "
+            f"what most genes' fold changes have in common is not within +-{_MODES * STEP:.0f}: a few genes "
             "have most counts of one side, and all others seem to change; leave such genes out",
             stacklevel=2,
         )
-    prior, common = weights @ _components(0), round(float(mode * _STEP), 3)
+    prior, common = weights @ _components(0), round(float(mode * STEP), 3)
     mass = torch.from_numpy(beyond(likelihood, common)) * prior
     mass /= mass.sum(1, keepdim=True)
     return Posterior(mass.numpy(), prior.numpy(), common)
@@ -155,7 +158,7 @@ def _mode(
 
     def best(modes: range, curves: Tensor) -> int:
         priors = _priors(weights, modes).clamp(min=_LEAST32).to(curves.dtype)
-        pseudo = torch.logaddexp(-0.5 * (torch.tensor(modes) * _STEP / 0.05) ** 2, torch.tensor(_UNLIKE))
+        pseudo = torch.logaddexp(-0.5 * (torch.tensor(modes) * STEP / 0.05) ** 2, torch.tensor(_UNLIKE))
         height = (curves @ priors).log_().sum(0, dtype=torch.float64)
         return modes[int((height + pseudo).argmax())]
 
@@ -196,4 +199,4 @@ def _weights(
 
 def _share_above(t: float) -> Float[ndarray, "points"]:
     """Return the share of each point's surroundings that lies above t."""
-    return np.clip((LFC - t) / _STEP + 0.5, 0, 1)
+    return np.clip((LFC - t) / STEP + 0.5, 0, 1)

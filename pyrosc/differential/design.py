@@ -1,4 +1,7 @@
-"""Groups of cells, and the units within which they are compared: batches, or replicates in batches."""
+"""The design of a question: groups to be contrasted, and the units of cells within which they are.
+
+Units are batches, or replicates (donors, samples) in batches. It knows codes of cells and sums of counts.
+"""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,41 +11,29 @@ from operator import add
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from pyrosc.data.alignment import categories_of
 from pyrosc.data.counts import Counts
+from pyrosc.data.schema import Schema
 from pyrosc.differential.donor_variance import shows_variance
-from pyrosc.differential.group_sums import Arm, sums
-from pyrosc.differential.quasi_likelihood import likelihood
-from pyrosc.inference.fit import Fit
-from pyrosc.posterior.checks import in_order
+from pyrosc.differential.group_sums import Pseudobulk, pseudobulk
+from pyrosc.differential.quasi_likelihood import quasi_likelihood
 
 
-def groups_of(data: Counts, groupby: Any, what: str = "groupby") -> tuple[ndarray, list[str]]:
-    """Return each cell's group as a code, -1 for none, and the groups' names, in the column's order."""
-    if isinstance(groupby, str):
-        if groupby not in data.obs:
-            msg = f"no column {groupby!r} in obs; it has {list(data.obs.columns)}"
-            raise KeyError(msg)
-        groupby = data.obs[groupby]
-    groupby = in_order(groupby, data, what)
-    if len(np.shape(groupby)) != 1:
-        kind = type(groupby).__name__
-        msg = f"{what} names a column of obs, or has one value for each cell; {kind} is neither"
-        raise ValueError(msg)
-    if len(groupby) != data.n_cells:
-        msg = (
-            f"{what} has {len(groupby)} values for {data.n_cells} cells: give one a cell, or a column's name"
-        )
-        raise ValueError(msg)
-    values = pd.Categorical(groupby)
-    return values.codes.astype(np.int64), [str(name) for name in values.categories]
+def pairs_of(
+    codes: Int[ndarray, "cells"], names: Sequence[str], group: Any, reference: Any
+) -> list[tuple[int, int]]:
+    """Return the codes of the groups to contrast, -1 for the rest; raise where a contrast makes no sense.
 
-
-def pairs_of(codes: ndarray, names: list[str], group: Any, reference: Any) -> list[tuple[int, int]]:
-    """Return the codes of the groups to compare, -1 for the rest; raise where a comparison makes no sense."""
+    Parameters
+    ----------
+    codes, names
+        Of each cell's group, -1 for none, and the groups' names.
+    group, reference
+        See :func:`~pyrosc.differential_expression`.
+    """
     n = dict(zip(names, np.bincount(codes[codes >= 0], minlength=len(names)), strict=True))
     if not (isinstance(reference, str) or np.isscalar(reference) or reference is None):
         msg = f'reference is the name of one group, or "rest", not {type(reference).__name__}'
@@ -89,34 +80,57 @@ class Units:
     replicate: Int[ndarray, "units"] | None  # None: units are whole batches
 
 
-def check_batch(fit: Fit, batch: str | None) -> None:
+def check_batch(schema: Schema, batch: str | None) -> None:
     """Raise unless it is "average", None, or the name of a batch."""
-    if batch not in (None, "average", *fit.schema.batches):
-        there = ", ".join(fit.schema.batches)
-        msg = f'no batch {batch!r}; the fit knows {there}; or give "average" or None'
-        raise ValueError(msg)
+    if batch in (None, "average", *schema.batches):
+        return
+    if schema.batch_key is None:
+        msg = f'no batch {batch!r}: counts were read without batches; from_anndata(adata, batch_key="...")'
+    else:
+        msg = f'no batch {batch!r}; there are {", ".join(schema.batches)}; or give "average" or None'
+    raise ValueError(msg)
 
 
-def units_of(fit: Fit, data: Counts, replicate_key: Any, batch: str | None) -> Units:
-    """Return the units of a question, batches being one where they are ignored."""
-    check_batch(fit, batch)
-    batches = np.zeros(data.n_cells, dtype=np.int64) if batch is None else data.batch.astype(np.int64)
-    if replicate_key is None:
-        each = np.arange(1 if batch is None else len(fit.schema.batches))
+def units_of(
+    schema: Schema,
+    of_batch: Int[ndarray, "cells"],
+    replicate: Int[ndarray, "cells"] | None,
+    batch: str | None,
+) -> Units:
+    """Return the units of a question, batches being one where they are ignored.
+
+    Parameters
+    ----------
+    schema
+        Has the names of batches.
+    of_batch, replicate
+        Codes of each cell's batch and replicate, -1 for none. Without replicates units are whole batches.
+    batch
+        See :func:`~pyrosc.differential_expression`.
+
+    Raises
+    ------
+    ValueError
+        If the batch is unknown, or no cell has a replicate.
+    """
+    check_batch(schema, batch)
+    batches = np.zeros(len(of_batch), dtype=np.int64) if batch is None else of_batch.astype(np.int64)
+    if replicate is None:
+        each = np.arange(1 if batch is None else len(schema.batches))
         return Units(batches, each, None)
-    replicate, names = groups_of(data, replicate_key, "replicate_key")
     known = replicate >= 0
     if not known.any():
         msg = "no cell has a replicate: replicate_key names a column, or has a value for each cell"
         raise ValueError(msg)
-    units, of_known = np.unique((batches * len(names) + replicate)[known], return_inverse=True)
-    of_cell = np.full(data.n_cells, -1)
+    n = replicate.max() + 1
+    units, of_known = np.unique((batches * n + replicate)[known], return_inverse=True)
+    of_cell = np.full(len(batches), -1)
     of_cell[known] = of_known
-    return Units(of_cell, units // len(names), units % len(names))
+    return Units(of_cell, units // n, units % n)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """Two groups of cells, summed over the units in which they can be compared.
 
     Attributes
@@ -127,7 +141,7 @@ class Comparison:
         Of the two; -1 is the rest.
     side : ndarray of shape (cells,)
         0 of a cell of the group, 1 of one of its reference, -1 of one that is not compared.
-    a, b : Arm
+    a, b : Pseudobulk
         Sums over the cells of side 0 and of side 1, in each unit.
     stratum : ndarray of shape (units,)
         Of each unit: those of one stratum have a rate in common.
@@ -144,8 +158,8 @@ class Comparison:
     reference: str
     codes: tuple[int, int]
     side: Int[ndarray, "cells"]
-    a: Arm
-    b: Arm
+    a: Pseudobulk
+    b: Pseudobulk
     stratum: Int[ndarray, "units"]
     stratum_of_cell: Int[ndarray, "cells"]
     within: Bool[ndarray, "units"]
@@ -158,14 +172,13 @@ class Comparison:
 
     @cached_property
     def likelihood(self) -> Float[ndarray, "genes points"]:
-        """:func:`pyrosc.differential.quasi_likelihood.likelihood` of each gene's log2 fold change."""
+        """Quasi-likelihood of each gene's log2 fold change, a curve over the grid."""
         if self.replicates is None:
-            return likelihood(self.a, self.b)
-        return likelihood(self.a, self.b, self.stratum, self.within)
+            return quasi_likelihood(self.a, self.b)
+        return quasi_likelihood(self.a, self.b, self.stratum, self.within)
 
 
-def comparisons(
-    fit: Fit,
+def contrasts(
     data: Counts,
     *,
     groupby: Any,
@@ -173,10 +186,16 @@ def comparisons(
     reference: Any,
     replicate_key: Any,
     batch: str | None,
-) -> Iterator[Comparison]:
-    """Return the comparisons that a question asks for, one after the other; see `differential_expression`."""
-    codes, names = groups_of(data, groupby)
-    units = units_of(fit, data, replicate_key, batch)
+) -> Iterator[Contrast]:
+    """Return the contrasts that a question asks for, one after the other.
+
+    Parameters
+    ----------
+    data, groupby, group, reference, replicate_key, batch
+        See :func:`~pyrosc.differential_expression`.
+    """
+    codes, names = categories_of(data, groupby, "groupby")
+    units = units_of(data.schema, data.batch, replicates_of(data, replicate_key), batch)
     known = np.where(units.of_cell < 0, -1, codes)
     try:
         pairs = pairs_of(known, names, group, reference)
@@ -186,22 +205,27 @@ def comparisons(
             msg = f"{error.args[0]}; no cell of {', '.join(without)} has a value of replicate_key"
             raise ValueError(msg) from error
         raise
-    return compared(data, known, names, pairs, units, batch)
+    return contrasted(data, known, names, pairs, units, batch)
 
 
-def compared(
+def replicates_of(data: Counts, replicate_key: Any) -> Int[ndarray, "cells"] | None:
+    """Return the codes of each cell's replicate, -1 for none; None where no key is given."""
+    return None if replicate_key is None else categories_of(data, replicate_key, "replicate_key")[0]
+
+
+def contrasted(
     data: Counts,
     codes: Int[ndarray, "cells"],
     names: Sequence[str],
     pairs: Iterable[tuple[int, int]],
     units: Units,
     batch: str | None,
-) -> Iterator[Comparison]:
-    """Yield a comparison for each pair of codes, the second -1 for the rest; warn of too few replicates.
+) -> Iterator[Contrast]:
+    """Yield a contrast for each pair of codes, the second -1 for the rest; warn of too few replicates.
 
     Cells without a unit have the code -1.
     """
-    arms = sums(data.x, codes, len(names), units.of_cell, len(units.batch))
+    arms = pseudobulk(data.x, codes, len(names), units.of_cell, len(units.batch))
     for a, b in pairs:
         whole = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
         use, stratum = comparable(*whole, units.batch, batch, data.schema.batches, names[a])
@@ -217,12 +241,11 @@ def compared(
         of_unit[use] = stratum
         of_cell = of_unit[units.of_cell]
         side = np.select([of_cell < 0, codes == a, codes >= 0 if b < 0 else codes == b], [-1, 0, 1], -1)
-        reference = "rest" if b < 0 else names[b]
         n = None
         if units.replicate is not None:
-            n = count_replicates(arm, other, units.replicate[use])
+            n = _count_replicates(arm, other, units.replicate[use])
             if min(n) < 2:
-                others = min(count_replicates(*whole, units.replicate)) > 1
+                others = min(_count_replicates(*whole, units.replicate)) > 1
                 left = (
                     "; others are in batches of one side only: batch=None ignores batches" if others else ""
                 )
@@ -232,17 +255,23 @@ def compared(
                     "changes and intervals are about these replicates only, and nothing is called",
                     stacklevel=3,
                 )
-        yield Comparison(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)
+        reference = "rest" if b < 0 else names[b]
+        yield Contrast(names[a], reference, (a, b), side, arm, other, stratum, of_cell, within, n)
 
 
-def _within(a: Arm, b: Arm, replicate: Int[ndarray, "units"] | None) -> Bool[ndarray, "units"]:
-    """Return :attr:`Comparison.within`; none without replicates."""
+def _within(a: Pseudobulk, b: Pseudobulk, replicate: Int[ndarray, "units"] | None) -> Bool[ndarray, "units"]:
+    """Return :attr:`Contrast.within`; none without replicates."""
     both = (a.cells > 0) & (b.cells > 0)
     return both & (replicate is not None and len(np.unique(replicate[both])) > 1)
 
 
 def comparable(
-    a: Arm, b: Arm, of_batch: Int[ndarray, "units"], batch: str | None, batches: Sequence[str], name: str
+    a: Pseudobulk,
+    b: Pseudobulk,
+    of_batch: Int[ndarray, "units"],
+    batch: str | None,
+    batches: Sequence[str],
+    name: str,
 ) -> tuple[Int[ndarray, "used"], Int[ndarray, "used"]]:
     """Return the units whose means are compared, and their strata: those that have a rate in common.
 
@@ -269,7 +298,7 @@ def comparable(
     return use, np.unique(stratum[use], return_inverse=True)[1]
 
 
-def count_replicates(a: Arm, b: Arm, replicate: Int[ndarray, "units"]) -> tuple[int, int]:
+def _count_replicates(a: Pseudobulk, b: Pseudobulk, replicate: Int[ndarray, "units"]) -> tuple[int, int]:
     """Return how many replicates either side has."""
     n, m = (len(np.unique(replicate[arm.cells > 0])) for arm in (a, b))
     return n, m

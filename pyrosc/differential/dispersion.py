@@ -1,4 +1,4 @@
-"""differential.dispersion."""
+"""Dispersion of counts between cells, by moments: each gene's own, shrunk to that of all genes."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,14 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from pyrosc.differential.group_sums import Arm
+from pyrosc.differential.group_sums import Pseudobulk
 
 
-def dispersion(arm: Arm) -> Float[ndarray, "genes"]:
+def dispersion(arm: Pseudobulk) -> Float[ndarray, "genes"]:
     r"""Return each gene's dispersion phi: a count of mean mu has the variance mu + phi mu^2.
 
     By moments: within unit b, where r = sum x / sum l, the sum of (x - l r)^2 is that of l r + phi l^2 r^2.
-    A gene's value is noisy, so it is drawn towards the precision-weighted mean over the genes, as far as the
+    A gene's value is noisy, so it is shrunk towards the precision-weighted mean over the genes, as far as the
     spread between genes is what the noise alone would make (DerSimonian and Laird, 1986).
 
     Parameters
@@ -31,15 +31,15 @@ def dispersion(arm: Arm) -> Float[ndarray, "genes"]:
         v = mu + phi * mu**2
         return (n * (v + 2 * v**2)).sum(0)
 
-    return _drawn_together((squares - arm.x).sum(0), (r**2 * ll).sum(0), noise)
+    return _shrunk((squares - arm.x).sum(0), (r**2 * ll).sum(0), noise)
 
 
-def _drawn_together(
+def _shrunk(
     excess: Float[ndarray, "genes"],
     scale: Float[ndarray, "genes"],
     noise: Callable[[float], Float[ndarray, "genes"]],
 ) -> Float[ndarray, "genes"]:
-    """Return excess / scale, at least 0, drawn to the genes' mean as far as noise makes them differ.
+    """Return excess / scale, at least 0, shrunk to the genes' mean as far as noise makes them differ.
 
     Parameters
     ----------
@@ -62,6 +62,6 @@ def _drawn_together(
         w = 1 / of_raw
         left = max(w.sum() - (w**2).sum() / w.sum(), 1e-9 * w.sum())  # (nothing of a single gene)
         spread = max(0.0, (w * (raw - mean) ** 2).sum() - len(raw) + 1) / left
-    drawn = np.full_like(scale, mean)
-    drawn[known] = np.maximum(0, (raw * spread + mean * of_raw) / (spread + of_raw))
-    return drawn
+    shrunk = np.full_like(scale, mean)
+    shrunk[known] = np.maximum(0, (raw * spread + mean * of_raw) / (spread + of_raw))
+    return shrunk

@@ -14,7 +14,7 @@ from numpy import ndarray
 from scipy.special import polygamma
 from torch import Tensor
 
-from pyrosc.differential.group_sums import Arm, strata
+from pyrosc.differential.group_sums import Pseudobulk, pooling
 
 TAU2: Float[ndarray, "values"] = np.logspace(-4, 1, 101)
 """Variances of a log rate (natural) between replicates, an eighth apart, that are given a probability."""
@@ -42,8 +42,8 @@ def shape_of(variance: Float[ndarray, "*_"]) -> Float[ndarray, "*_"]:
 _ALPHA = 1 / shape_of(TAU2)  # squares of these gamma distributions' coefficients of variation
 
 
-def between_replicates(
-    a: Arm, b: Arm, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
+def donor_variance(
+    a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
 ) -> Float[ndarray, "genes values"] | None:
     r"""Return how probable each of :data:`TAU2` is as the variance of a gene's log rate between replicates.
 
@@ -86,18 +86,22 @@ def between_replicates(
     McCarthy, Chen and Smyth, Differential expression analysis of multifactor RNA-Seq experiments with respect
     to biological variation, 2012 (the same for a dispersion, which there is drawn to that of other genes).
     """
-    return _posterior(evidence(a, b, stratum, phi)).numpy() if shows_variance(a, b, stratum) else None
+    return (
+        _posterior(adjusted_profile_likelihood(a, b, stratum, phi)).numpy()
+        if shows_variance(a, b, stratum)
+        else None
+    )
 
 
-def evidence(
-    a: Arm, b: Arm, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
+def adjusted_profile_likelihood(
+    a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
 ) -> Float[Tensor, "genes values"]:
     """Return each gene's adjusted log likelihood of each of TAU2, up to a constant.
 
     Parameters
     ----------
     a, b, stratum, phi
-        See :func:`between_replicates`; there are replicates that show it.
+        See :func:`donor_variance`; there are replicates that show it.
     """
     from scipy.interpolate import CubicSpline  # takes long to import
 
@@ -123,7 +127,7 @@ def evidence(
     return torch.from_numpy(spline(np.log(TAU2)))
 
 
-def _counts(arm: Arm, phi: Float[ndarray, "genes"], genes: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _counts(arm: Pseudobulk, phi: Float[ndarray, "genes"], genes: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Return some genes' counts of each unit, its total, and the dispersion that its cells alone make."""
     l = np.maximum(arm.l, 1)[:, None]
     own = phi[genes] * arm.ll[:, None] / l**2
@@ -137,7 +141,7 @@ def _of_side(
     stratum: Int[ndarray, "units"],
 ) -> Float[Tensor, "genes some"]:
     """Return the log likelihood of some of TAU2 that replicates with a common rate have."""
-    pool = torch.from_numpy(strata(np.unique(stratum, return_inverse=True)[1]))
+    pool = torch.from_numpy(pooling(np.unique(stratum, return_inverse=True)[1]))
     of = pool.argmax(0)
     total = pool @ x
     rate, found = total / (pool @ l), []
@@ -200,21 +204,21 @@ def _priors() -> Float[Tensor, "values priors"]:
     return torch.from_numpy(mass.reshape(len(TAU2), -1))
 
 
-def one_on_each_side(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> Bool[ndarray, "strata"]:
+def one_on_each_side(a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"]) -> Bool[ndarray, "strata"]:
     """Say which strata have a single replicate in either arm."""
     n, m = _replicates_of(a, b, stratum)
     return (n == 1) & (m == 1)
 
 
-def shows_variance(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> bool:
+def shows_variance(a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"]) -> bool:
     """Say whether replicates alike by design are there: two of an arm in a stratum, or two pairs."""
     n, m = _replicates_of(a, b, stratum)
     return bool(max(n.max(), m.max()) > 1 or one_on_each_side(a, b, stratum).sum() > 1)
 
 
-def _replicates_of(a: Arm, b: Arm, stratum: Int[ndarray, "units"]) -> tuple[ndarray, ndarray]:
+def _replicates_of(a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"]) -> tuple[ndarray, ndarray]:
     """Return how many replicates each stratum has in either arm."""
-    pool = strata(stratum)
+    pool = pooling(stratum)
     return pool @ (a.cells > 0), pool @ (b.cells > 0)
 
 

@@ -1,4 +1,4 @@
-"""How counts vary between cells: sums over the cells of groups, and their dispersion."""
+"""Pseudobulk: counts summed over the cells of a group in each unit, with the squares that show dispersion."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,10 @@ _CELLS = 4096  # summed at a time, so that little is copied
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Sums over one side's cells in each unit, a batch or a replicate in a batch: all that is needed of them.
+class Pseudobulk:
+    """Sums over one group's cells in each unit, a batch or a replicate in a batch.
+
+    Of the counts nothing else is needed: neither cells nor a model are looked at again.
 
     Attributes
     ----------
@@ -32,12 +34,12 @@ class Arm:
     xx: Float[ndarray, "units genes"]
     xl: Float[ndarray, "units genes"]
 
-    def __getitem__(self, units: ndarray) -> "Arm":
+    def __getitem__(self, units: ndarray) -> "Pseudobulk":
         """Return the sums over some of the units' cells only."""
-        return Arm(**{name: value[units] for name, value in vars(self).items()})
+        return Pseudobulk(**{name: value[units] for name, value in vars(self).items()})
 
-    def __add__(self, other: "Arm") -> "Arm":
-        return Arm(**{name: value + vars(other)[name] for name, value in vars(self).items()})
+    def __add__(self, other: "Pseudobulk") -> "Pseudobulk":
+        return Pseudobulk(**{name: value + vars(other)[name] for name, value in vars(self).items()})
 
     @property
     def n(self) -> int:
@@ -45,7 +47,9 @@ class Arm:
         return int(self.cells.sum())
 
 
-def sums(x: sp.csr_array, codes: ndarray, n_groups: int, unit: ndarray, n_units: int) -> list[Arm]:
+def pseudobulk(
+    x: sp.csr_array, codes: ndarray, n_groups: int, unit: ndarray, n_units: int
+) -> list[Pseudobulk]:
     """Sum over the cells of each group and unit, some cells at a time; nothing dense is made of them.
 
     Parameters
@@ -59,7 +63,7 @@ def sums(x: sp.csr_array, codes: ndarray, n_groups: int, unit: ndarray, n_units:
 
     Returns
     -------
-    list of Arm
+    list of Pseudobulk
         One for each group.
     """
     place = np.where(codes < 0, -1, codes * n_units + unit)
@@ -69,7 +73,7 @@ def sums(x: sp.csr_array, codes: ndarray, n_groups: int, unit: ndarray, n_units:
         for name, value in _sums(x[some], place[some], n_groups * n_units).items():
             of[name] = of[name] + value if name in of else value
     by_group = {name: value.reshape(n_groups, n_units, *value.shape[1:]) for name, value in of.items()}
-    return [Arm(**{name: value[i] for name, value in by_group.items()}) for i in range(n_groups)]
+    return [Pseudobulk(**{name: value[i] for name, value in by_group.items()}) for i in range(n_groups)]
 
 
 def _sums(x: sp.csr_array, place: ndarray, n_places: int) -> dict[str, ndarray]:
@@ -91,6 +95,6 @@ def _sums(x: sp.csr_array, place: ndarray, n_places: int) -> dict[str, ndarray]:
     }
 
 
-def strata(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
+def pooling(stratum: Int[ndarray, "units"]) -> Float[ndarray, "strata units"]:
     """Return the matrix that sums over the units of each stratum: 1 where the unit is of it, else 0."""
     return (stratum == np.arange(stratum.max() + 1)[:, None]).astype(float)

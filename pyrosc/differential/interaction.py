@@ -7,20 +7,23 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
+from pyrosc.data.alignment import categories_of
 from pyrosc.data.counts import Counts
 from pyrosc.differential.adaptive_shrinkage import shrink
-from pyrosc.differential.calls import Number, by_evidence, check_numbers, decide, summarise
-from pyrosc.differential.design import compared, groups_of, pairs_of, units_of
+from pyrosc.differential.calls import Number, call_at_fdr, check_numbers, ranked, summarise
+from pyrosc.differential.design import contrasted, pairs_of, replicates_of, units_of
+from pyrosc.differential.fit_or_counts import fit_and_counts
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference.fit import Fit
-from pyrosc.posterior.checks import counts_of
 
 
+@kept()
 def interaction(
-    fit: Fit,
-    data: Counts | anndata.AnnData,
+    fit: Fit | Counts | anndata.AnnData | None = None,
+    data: Counts | anndata.AnnData | None = None,
     *,
     groupby: Any,
     group: str,
@@ -42,9 +45,10 @@ def interaction(
 
         L(d) = integral L_A(t + d) L_B(t) dt
 
-    and its prior is learned across the genes, as always, by `shrink`. A gene that
-    responds alike in both has d = 0, however strongly it does; d, t_A and t_B each are beyond what most
-    genes have in common.
+    and its prior is learned across the genes, by adaptive shrinkage. A gene that responds alike in both has
+    d = 0, however strongly it does; d, t_A and t_B each are beyond what most genes have in common.
+
+    All of it comes from the counts, and needs no fit: ``interaction(adata, groupby=..., ...)``.
 
     Parameters
     ----------
@@ -82,14 +86,68 @@ def interaction(
     have cells of both levels than of both groups, as donors of one condition each do, it is taken so: what
     a donor's levels have in common then cancels. The two parts' errors are taken for independent; donors that
     have all four share some, and intervals are then wider than they need be.
+
+    Examples
+    --------
+    Three donors under each of two conditions. One gene rises four-fold in one type of cells alone:
+
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(400, 40, n_types=2, n_donors=6, n_conditions=2, seed=0)
+    >>> treated = (adata.obs.condition == "condition_1") & (adata.obs.cell_type == "type_1")
+    >>> x = adata.X.toarray()
+    >>> x[treated, 3] *= 4
+    >>> adata.X = x
+    >>> conditions = {"groupby": "condition", "group": "condition_1", "reference": "condition_0"}
+    >>> types = {"by": "cell_type", "baseline": "type_0"}
+    >>> table = pyrosc.interaction(adata, **conditions, **types, replicate_key="donor")
+    >>> table.loc[table.is_de, ["gene", "level", "lfc_mean"]].round(0)
+         gene   level  lfc_mean
+    0  gene_3  type_1       2.0
     """
     check_numbers(delta, fdr, interval)
-    data = counts_of(fit, data)
-    kind, levels = groups_of(data, by, "by")
-    baseline = str(baseline)
+    _, data = fit_and_counts(fit, data)
     batch = None if batch is None else str(batch)
-    asked = [level] if isinstance(level, str) or np.isscalar(level) else level
-    asked = [name for name in levels if name != baseline] if asked is None else [str(name) for name in asked]
+    kind, levels = categories_of(data, by, "by")
+    asked = _asked(levels, level, str(baseline))
+    codes, names = categories_of(data, groupby, "groupby")
+    ((a, b),) = pairs_of(codes, names, str(group), reference)
+    if b < 0:
+        msg = "reference names a group: the rest is another mixture of groups in each level"
+        raise ValueError(msg)
+    units = units_of(data.schema, data.batch, replicates_of(data, replicate_key), batch)
+    # Codes of a level and a group: 2 level + 0 in the group, + 1 in the reference.
+    here = (kind >= 0) & (units.of_cell >= 0) & np.isin(codes, (a, b))
+    crossed = np.where(here, 2 * kind + (codes == b), -1)
+    crossed_names = [f"{names[g]}, {one}" for one in levels for g in (a, b)]
+    unit = np.where(here, units.of_cell, -1)
+    if level is None:
+        asked = _of_enough_cells(asked, levels, crossed)
+    base, at = levels.index(str(baseline)), [levels.index(name) for name in asked]
+    within = [(2 * i, 2 * i + 1) for i in (base, *at)]
+    of_baseline, *of_levels = contrasted(data, crossed, crossed_names, within, units, batch)
+    lfc_baseline = shrink(of_baseline.likelihood).mean
+    tables = []
+    for name, i, of_level in zip(asked, at, of_levels, strict=True):
+        parts = [of_level, of_baseline]
+        if _paired(unit, kind, (i, base)) > _paired(unit, codes, (a, b)):
+            across = [(2 * i + side, 2 * base + side) for side in (0, 1)]
+            parts = list(contrasted(data, crossed, crossed_names, across, units, batch))
+        lfc = shrink(of_difference(*(part.likelihood for part in parts)))
+        who = {"gene": data.schema.genes, "level": name, "baseline": str(baseline)}
+        table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
+        table = table.join(summarise(lfc, delta, interval)).assign(lfc_common=lfc.common)
+        table["lfc_level"], table["lfc_baseline"] = shrink(of_level.likelihood).mean, lfc_baseline
+        if units.replicate is not None:
+            table["replicates"] = min(n for part in parts for n in part.replicates or ())
+        known = all(part.replicated for part in parts)
+        tables.append(ranked(table, data.schema.absent, known=known))
+    return call_at_fdr(pd.concat(tables, ignore_index=True), fdr)
+
+
+def _asked(levels: Sequence[str], level: Any, baseline: str) -> list[str]:
+    """Return the names of the levels asked for; raise where one is unknown, or they are none, or not once."""
+    names = [level] if isinstance(level, str) or np.isscalar(level) else level
+    asked = [name for name in levels if name != baseline] if names is None else [str(name) for name in names]
     for name in [*asked, baseline]:
         if name not in levels:
             msg = f"no level {name!r}; there are {', '.join(levels)}"
@@ -97,45 +155,18 @@ def interaction(
     if baseline in asked or not asked or len(set(asked)) < len(asked):
         msg = f"levels other than the baseline {baseline!r}, each once, are needed, not {asked}"
         raise ValueError(msg)
-    codes, names = groups_of(data, groupby)
-    ((a, b),) = pairs_of(codes, names, str(group), reference)
-    if b < 0:
-        msg = "reference names a group: the rest is another mixture of groups in each level"
-        raise ValueError(msg)
-    units = units_of(fit, data, replicate_key, batch)
-    # Codes of a level and a group: 2 level + 0 in the group, + 1 in the reference.
-    here = (kind >= 0) & (units.of_cell >= 0) & np.isin(codes, (a, b))
-    crossed = np.where(here, 2 * kind + (codes == b), -1)
-    compared_units = np.where(here, units.of_cell, -1)
-    crossed_names = [f"{names[g]}, {one}" for one in levels for g in (a, b)]
-    base = levels.index(baseline)
-    if level is None:
-        n = np.bincount(crossed[crossed >= 0], minlength=len(crossed_names)).reshape(-1, 2).min(1)
-        few = [name for name in asked if n[levels.index(name)] < 2]
-        if 0 < len(few) < len(asked):
-            what = "fewer than two cells of either group"
-            warnings.warn(f"levels with {what} are left out: {', '.join(few)}", stacklevel=2)
-            asked = [name for name in asked if name not in few]
-    at = [levels.index(name) for name in asked]
-    within = [(2 * i, 2 * i + 1) for i in (base, *at)]
-    of_baseline, *of_levels = compared(data, crossed, crossed_names, within, units, batch)
-    lfc_baseline = shrink(of_baseline.likelihood).mean
-    tables = []
-    for name, i, of_level in zip(asked, at, of_levels, strict=True):
-        parts = [of_level, of_baseline]
-        if _paired(compared_units, kind, (i, base)) > _paired(compared_units, codes, (a, b)):
-            across = [(2 * i + side, 2 * base + side) for side in (0, 1)]
-            parts = list(compared(data, crossed, crossed_names, across, units, batch))
-        lfc = shrink(of_difference(*(part.likelihood for part in parts)))
-        who = {"gene": fit.schema.genes, "level": name, "baseline": baseline}
-        table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
-        table = table.join(summarise(lfc, delta, interval)).assign(lfc_common=lfc.common)
-        table["lfc_level"], table["lfc_baseline"] = shrink(of_level.likelihood).mean, lfc_baseline
-        if units.replicate is not None:
-            table["replicates"] = min(n for part in parts for n in part.replicates or ())
-        known = all(part.replicated for part in parts)
-        tables.append(by_evidence(table, fit.schema.absent, known=known))
-    return decide(pd.concat(tables, ignore_index=True), fdr)
+    return asked
+
+
+def _of_enough_cells(asked: list[str], levels: Sequence[str], crossed: Int[ndarray, "cells"]) -> list[str]:
+    """Return the levels with two cells of either group at least, and warn of others; all if none has them."""
+    n = np.bincount(crossed[crossed >= 0], minlength=2 * len(levels)).reshape(-1, 2).min(1)
+    few = [name for name in asked if n[levels.index(name)] < 2]
+    if not few or len(few) == len(asked):
+        return asked
+    what = "fewer than two cells of either group"
+    warnings.warn(f"levels with {what} are left out: {', '.join(few)}", stacklevel=3)
+    return [name for name in asked if name not in few]
 
 
 def _paired(unit: ndarray, codes: ndarray, of: tuple[int, int]) -> int:

@@ -10,12 +10,13 @@ import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from pyrosc.data.alignment import categories_of
 from pyrosc.data.counts import Counts
 from pyrosc.differential.calls import Number
-from pyrosc.differential.design import groups_of, pairs_of
+from pyrosc.differential.design import pairs_of, replicates_of
 from pyrosc.differential.expression import differential_expression
+from pyrosc.differential.fit_or_counts import fit_and_counts
 from pyrosc.inference.fit import Fit
-from pyrosc.posterior.checks import counts_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class NullCalibration:
         Genes called at each, in each permutation, over all comparisons of the question.
     n_rows : int
         Genes of all comparisons.
+
+    Examples
+    --------
+    Of four permutations none has a call at a nominal rate of .05, and one has two at .2:
+
+    >>> import numpy as np
+    >>> import pyrosc
+    >>> null = pyrosc.NullCalibration(np.array([0.05, 0.2]), np.array([[0, 0], [0, 2], [0, 0], [0, 0]]), 40)
+    >>> null.table()[["nominal", "realised", "mean_calls"]]
+       nominal  realised  mean_calls
+    0     0.05      0.00         0.0
+    1     0.20      0.25         0.5
     """
 
     nominal: Float[ndarray, "levels"]
@@ -71,8 +84,8 @@ class NullCalibration:
 
 
 def null_calibration(
-    fit: Fit,
-    data: Counts | anndata.AnnData,
+    fit: Fit | Counts | anndata.AnnData | None = None,
+    data: Counts | anndata.AnnData | None = None,
     *,
     groupby: Any,
     group: Any = None,
@@ -121,6 +134,20 @@ def null_calibration(
     ValueError
         If a nominal rate or `n_permutations` is out of range, no other labelling exists, or the question
         can't be asked.
+
+    Examples
+    --------
+    Cells that are alike, of six donors who are divided at random:
+
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(200, 40, n_types=1, n_donors=6, seed=0)
+    >>> half = adata.obs.donor.isin(["donor_0", "donor_1", "donor_2"])
+    >>> asked = {"groupby": half, "group": True, "replicate_key": "donor"}
+    >>> null = pyrosc.null_calibration(adata, **asked, nominal=(0.05, 0.2), n_permutations=3)
+    >>> null.table()[["nominal", "realised", "max_calls"]]
+       nominal  realised  max_calls
+    0     0.05       0.0          0
+    1     0.20       0.0          0
     """
     levels = np.atleast_1d(np.asarray(nominal, dtype=np.float64))
     if not (levels.ndim == 1 and levels.size and ((levels > 0) & (levels < 1)).all()):
@@ -129,21 +156,15 @@ def null_calibration(
     if n_permutations < 1:
         msg = f"n_permutations must be at least 1, not {n_permutations}"
         raise ValueError(msg)
-    data = counts_of(fit, data)
-    codes, names = groups_of(data, groupby)
-    pairs = pairs_of(codes, names, group, reference)
-    compared = {code for pair in pairs for code in pair}
-    if -1 not in compared:  # with the rest all groups are
-        codes = np.where(np.isin(codes, list(compared)), codes, -1)
+    fit, data = fit_and_counts(fit, data)
+    codes, names = categories_of(data, groupby, "groupby")
+    contrasted = {code for pair in pairs_of(codes, names, group, reference) for code in pair}
+    if -1 not in contrasted:  # with the rest all groups are
+        codes = np.where(np.isin(codes, list(contrasted)), codes, -1)
     where = np.zeros(data.n_cells, np.int64) if batch is None else data.batch.astype(np.int64)
-    rng = np.random.default_rng(seed)
-    if replicate_key is None:
-        arrangements = [_shuffled(codes, where, rng) for _ in range(n_permutations)]
-    else:
-        replicate = groups_of(data, replicate_key, "replicate_key")[0]
-        arrangements = _relabelled(np.where(replicate < 0, -1, codes), replicate, where, n_permutations, rng)
+    replicate = replicates_of(data, replicate_key)
     calls = []
-    for labels in arrangements:
+    for labels in _permuted(codes, replicate, where, n_permutations, np.random.default_rng(seed)):
         table = differential_expression(
             fit,
             data,
@@ -168,6 +189,15 @@ def null_calibration(
             raise ValueError(msg)
         calls.append((expected[:, None] <= levels).sum(0))
     return NullCalibration(levels, np.array(calls), len(expected))
+
+
+def _permuted(
+    codes: Int[ndarray, "cells"], replicate: ndarray | None, where: ndarray, n: int, rng: np.random.Generator
+) -> list[Int[ndarray, "cells"]]:
+    """Return up to `n` arrays of codes in which cells, or replicates, have changed theirs where they are."""
+    if replicate is None:
+        return [_shuffled(codes, where, rng) for _ in range(n)]
+    return _relabelled(np.where(replicate < 0, -1, codes), replicate, where, n, rng)
 
 
 def _shuffled(codes: Int[ndarray, "n"], block: ndarray, rng: np.random.Generator) -> Int[ndarray, "n"]:

@@ -1,4 +1,7 @@
-"""differential.quasi_likelihood."""
+"""Quasi-likelihood of the log2 fold change between the mean counts of two groups: a curve for each gene.
+
+Curves of all genes are worked on in torch: numpy's threads and torch's, taking turns, wait for each other.
+"""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -12,21 +15,24 @@ from scipy.special import digamma
 from torch import Tensor
 
 from pyrosc.differential.dispersion import dispersion
-from pyrosc.differential.donor_variance import TAU2, between_replicates, shape_of
-from pyrosc.differential.group_sums import Arm, strata
+from pyrosc.differential.donor_variance import TAU2, donor_variance, shape_of
+from pyrosc.differential.group_sums import Pseudobulk, pooling
 
 LFC: Float[ndarray, "points"] = np.linspace(-10, 10, 801)
 """Log2 fold changes, .025 apart, at which likelihood, prior and posterior are held."""
 
-_STEP = LFC[1] - LFC[0]
-# Not yet of mass 1: the components of the prior with mode 0, on a grid that has room for the others.
-_LEAST = -100.0  # logs of densities below are raised to this: subnormal numbers take ten times as long
+STEP = LFC[1] - LFC[0]
+"""Between two points of the grid."""
+
+LOG_LEAST = -100.0
+"""Logs of densities below are raised to this: subnormal numbers take ten times as long."""
+
 _BLOCK = 256  # genes at a time, so that what is held between two operations stays in the cache
 
 
-def likelihood(
-    a: Arm,
-    b: Arm,
+def quasi_likelihood(
+    a: Pseudobulk,
+    b: Pseudobulk,
     stratum: Int[ndarray, "units"] | None = None,
     within: Bool[ndarray, "units"] | None = None,
 ) -> Float[ndarray, "genes points"]:
@@ -76,24 +82,24 @@ def likelihood(
     within = np.zeros(len(stratum), dtype=bool) if within is None else within
     kinds = [kind for kind in (within, ~within) if kind.any()]
     parts = [(a[kind], b[kind], np.unique(stratum[kind], return_inverse=True)[1]) for kind in kinds]
-    each = (_log_likelihood(*part, phi, between_replicates(*part, phi)) for part in parts)
+    each = (_log_likelihood(*part, phi, donor_variance(*part, phi)) for part in parts)
     return _as_density(reduce(add, each))
 
 
 def _as_density(log: Float[Tensor, "genes points"]) -> Float[ndarray, "genes points"]:
     """Return a log likelihood's exponential, its maximum 1."""
-    return log.sub_(log.amax(1, keepdim=True)).clamp_(min=_LEAST).exp_().numpy()
+    return log.sub_(log.amax(1, keepdim=True)).clamp_(min=LOG_LEAST).exp_().numpy()
 
 
 def _log_likelihood(
-    a: Arm,
-    b: Arm,
+    a: Pseudobulk,
+    b: Pseudobulk,
     stratum: Int[ndarray, "units"],
     phi: Sequence[Float[ndarray, "genes"]],
     variances: Float[ndarray, "genes values"] | None,
 ) -> Float[Tensor, "genes points"]:
-    """Return the logarithm of :func:`likelihood`, of units of one kind, by their `between_replicates`."""
-    pool = strata(stratum)
+    """Return the logarithm of :func:`quasi_likelihood`, of units of one kind, by their `donor_variance`."""
+    pool = pooling(stratum)
     (xa, la), (xb, lb) = ((pool @ arm.x, (pool @ arm.l)[:, None]) for arm in (a, b))
     extra, between = np.zeros_like(xa), np.zeros_like(la)
     for arm, f, l in ((a, phi[0], la), (b, phi[1], lb)):
@@ -119,7 +125,7 @@ def _log_likelihood(
             over *= _on_log_scale(score, information)
         slope = score.mul_(information).div_(over.add_(information).clamp_(min=1e-300))
         torch.cumsum(slope[:, 1:].add(slope[:, :-1]), 1, out=log[:, 1:])
-        log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * _STEP / 2)
+        log.sub_(log.amax(1, keepdim=True)).mul_(np.log(2) * STEP / 2)
     if variances is not None:
         curves.mul_(-2 / nu).log1p_().mul_(-(nu + 1) / 2)
     return curves
@@ -136,9 +142,9 @@ def _on_log_scale(
     after = (score > bound).sum(1, keepdim=True).clamp(1, len(LFC) - 1)
     above, below = score.gather(1, after - 1) - bound, score.gather(1, after) - bound
     likeliest = after - below / (below - above).clamp(max=-1e-300)
-    away = (likeliest - torch.arange(len(LFC))) * (_STEP * np.log(2))
+    away = (likeliest - torch.arange(len(LFC))) * (STEP * np.log(2))
     ratio = score / (away * information)
-    return torch.where(away.abs() < 2 * _STEP, 1.0, ratio.nan_to_num(1.0)).clamp_(0, 1e6)
+    return torch.where(away.abs() < 2 * STEP, 1.0, ratio.nan_to_num(1.0)).clamp_(0, 1e6)
 
 
 def _student(
@@ -148,7 +154,7 @@ def _student(
     between: Float[ndarray, "strata 1"],
     variances: Float[ndarray, "genes values"],
 ) -> tuple[Float[ndarray, "genes"], Float[Tensor, "genes 1"]]:
-    """Return tau^2 and nu of :func:`likelihood`; nu is at least 1."""
+    """Return tau^2 and nu of :func:`quasi_likelihood`; nu is at least 1."""
     information = x * p * (1 - p)
     known, slope = (information + information**2 * extra).sum(0), (information**2 * between).sum(0)
     log = -np.log(np.maximum(known[:, None] + slope[:, None] * TAU2, 1e-100))
@@ -161,7 +167,7 @@ def _student(
 
 def beyond(curves: Float[ndarray, "genes points"], common: float) -> Float[ndarray, "genes points"]:
     """Return curves of fold changes as those of what these are more than `common`, a multiple of the step."""
-    by = round(common / _STEP)
+    by = round(common / STEP)
     shifted = np.empty_like(curves)
     if by >= 0:
         shifted[:, : len(LFC) - by], shifted[:, len(LFC) - by :] = curves[:, by:], curves[:, -1:]

@@ -41,6 +41,14 @@ def to_scanpy(table: pd.DataFrame, adata: anndata.AnnData, key_added: str = "ran
         If columns are missing in the table, or genes in `adata`.
     ValueError
         If the groups have not the same genes, or not one reference.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(300, 40, n_types=2, seed=0)
+    >>> pyrosc.to_scanpy(pyrosc.differential_expression(adata, groupby="cell_type"), adata)
+    >>> adata.uns["rank_genes_groups"]["names"].dtype.names
+    ('type_0', 'type_1')
     """
     _check(table, adata)
     genes, groups = table.gene.unique(), list(table.group.unique())

@@ -58,6 +58,19 @@ class Poisson(TorchDistribution):
     ------
     ValueError
         Under validation, if a mean is negative or NaN, or a count in ``log_prob`` negative or fractional.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyrosc import distributions
+    >>> d = distributions.Poisson(torch.tensor([0.5, 2.0]))
+    >>> d.log_prob(torch.tensor([0.0, 3.0])).numpy().round(3)
+    array([-0.5  , -1.712], dtype=float32)
+
+    A cell's counts as one event, as programs observe them:
+
+    >>> round(d.to_event(1).log_prob(torch.tensor([0.0, 3.0])).item(), 3)
+    -2.212
     """
 
     arg_constraints = {"mean": constraints.nonnegative}  # noqa: RUF012
@@ -132,6 +145,18 @@ class NegativeBinomial(TorchDistribution):
     ------
     ValueError
         Under validation, if a parameter is out of range, or a count in ``log_prob`` negative or fractional.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyrosc import distributions
+    >>> d = distributions.NegativeBinomial(torch.tensor([0.5, 2.0]), torch.tensor(4.0))
+    >>> d.mean, d.variance
+    (tensor([0.5000, 2.0000]), tensor([0.5625, 3.0000]))
+    >>> d.log_prob(torch.tensor([0.0, 3.0])).numpy().round(3)
+    array([-0.471, -1.922], dtype=float32)
+    >>> d.sample((5,)).shape
+    torch.Size([5, 2])
     """
 
     arg_constraints = {"mean": constraints.nonnegative, "inverse_dispersion": constraints.positive}  # noqa: RUF012
@@ -216,6 +241,22 @@ class ZeroInflated(TorchDistribution):
     ValueError
         If ``base`` has an event shape. Under validation, if a logit is NaN, or a count in ``log_prob`` is
         negative or fractional.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyrosc import distributions
+    >>> base = distributions.Poisson(torch.tensor([0.5, 2.0]))
+    >>> d = distributions.ZeroInflated(base, gate_logits=torch.tensor(0.0))
+    >>> d.mean
+    tensor([0.2500, 1.0000])
+    >>> d.log_prob(torch.tensor([0.0, 3.0])).numpy().round(3)
+    array([-0.219, -2.405], dtype=float32)
+
+    How likely a zero is a dropout, of a gene that is rarely seen and of one that mostly is:
+
+    >>> d.dropout_probability().numpy().round(3)
+    array([0.622, 0.881], dtype=float32)
     """
 
     arg_constraints = {"gate_logits": constraints.real}  # noqa: RUF012

@@ -34,6 +34,8 @@ class SpikeSlab(TorchDistribution):
         Log odds of inclusion, of z not being 0.
     sharpness
         Of the relaxed draws; a scalar. None: exact draws, without gradient in `logits`.
+    validate_args
+        Whether to check parameters and values. Default: Pyro's global setting.
 
     Notes
     -----
@@ -44,6 +46,16 @@ class SpikeSlab(TorchDistribution):
     ----------
     Tonolini, Jensen and Murray-Smith, Variational sparse coding, 2019. Maddison, Mnih and Teh, The concrete
     distribution, 2017.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyrosc import distributions
+    >>> d = distributions.SpikeSlab(torch.tensor(2.0), torch.tensor(1.0), logits=torch.tensor([0.0, -3.0]))
+    >>> d.inclusion.numpy().round(3)
+    array([0.5  , 0.047], dtype=float32)
+    >>> d.log_prob(torch.tensor([0.0, 2.0])).numpy().round(3)
+    array([-0.693, -3.968], dtype=float32)
     """
 
     arg_constraints: ClassVar = {

@@ -1,12 +1,14 @@
-"""engine.cuda_graph."""
+"""A training step on CUDA as one graph of the device's own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyrosc.engine.replay import _alike, restore
+from pyrosc.engine.compare import restore
+from pyrosc.engine.replay import NotRecordableError
 from pyrosc.engine.rng import seeded
 
 
@@ -25,7 +27,7 @@ class CudaGraph:
 
     Raises
     ------
-    RuntimeError
+    NotRecordableError
         If the step waits for the device, does anything else that a graph can't hold, or a replay differs.
     """
 
@@ -42,15 +44,20 @@ class CudaGraph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=stream):
                 self.loss = step(self.rows)
-            runs = []
-            for run in (step, self):
-                restore(state, kept)
+            restore(state, kept)
+
+            def outcome(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+                before = [tensor.detach().clone() for tensor in state]
                 with seeded(device, 1):
-                    loss = run(other).clone()
-                runs.append([loss, *(tensor.detach().clone() for tensor in state)])
-            if not all(_alike(a, b) for a, b in zip(*runs, strict=True)):
+                    result = [run(other).clone(), *(tensor.detach().clone() for tensor in state)]
+                restore(state, before)
+                return result
+
+            if not agree(outcome(step), outcome(self), partial(outcome, step), state):
                 msg = "a replay on other cells differs: a program does what no tensor operation shows"
-                raise RuntimeError(msg)
+                raise NotRecordableError(msg)
+        except RuntimeError as error:  # (torch's own, of what a capture can't hold, among them)
+            raise NotRecordableError(str(error).partition("\n")[0]) from error
         finally:
             restore(state, kept)
 

@@ -18,16 +18,17 @@ from pyrosc.engine.passes import acts
 _aten = torch.ops.aten
 
 
-def fuse(graph: fx.Graph) -> None:
+def fuse(graph: fx.GraphModule) -> None:
     """Replace such operations, in place; leave all others."""
-    for node in list(graph.nodes):
+    for node in list(graph.graph.nodes):
         if str(node.target) == "pyrosc.log_density.default":
             try:
-                _fuse(graph, node)
+                _fuse(graph.graph, node)
             except _OtherOperations:
                 continue
-    graph.eliminate_dead_code(acts)
-    graph.lint()
+    graph.graph.eliminate_dead_code(acts)
+    graph.graph.lint()
+    graph.recompile()
 
 
 class _OtherOperations(Exception):  # noqa: N818 (it is no error)

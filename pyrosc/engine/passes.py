@@ -1,10 +1,10 @@
-"""engine.passes."""
+"""Rewriting a recorded graph: what nobody uses goes, and what returns its input as it is."""
 
 import torch
 from torch import fx
 
 
-def _simplify(graph: fx.GraphModule) -> None:
+def simplify(graph: fx.GraphModule) -> None:
     """Drop operations whose result nobody uses, and those that return their input as it is."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):

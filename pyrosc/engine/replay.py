@@ -1,129 +1,159 @@
-"""A training step recorded once and replayed: the operations that the programs ran, without the programs.
+"""A function of tensors recorded once and replayed: its operations, without the Python that called them.
 
-Pyro's Python costs as much as the mathematics of a small minibatch. On a CPU the operations are recorded with
-torch.fx and called one after the other; on CUDA a graph of the device's own replays them. What a recording
-cannot know is Python that acts differently from step to step; hence it is compared with a run of the programs
-on other cells before it is trusted.
+Pyro's Python costs as much as the mathematics of a small minibatch. On a CPU the operations of a step are
+recorded with torch.fx, rewritten, and called one after the other. Each graph is compared with the function on
+other inputs before it is trusted, after the last rewrite too: what is replayed is what passed.
 """
 
-import logging
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from pyrosc.data.minibatch import Cells
+from pyrosc.engine.compare import agree, restore
 from pyrosc.engine.fusing import fuse
 from pyrosc.engine.lower import shorten
-from pyrosc.engine.passes import _simplify
+from pyrosc.engine.passes import simplify
 from pyrosc.engine.rng import seeded
 from pyrosc.engine.trace import traced
 
-Gradients = Callable[[Cells, Tensor], tuple[Tensor, list[Tensor | None]]]
-"""From cells and the weight of the KL to the loss and its gradients; None for a parameter it does not use."""
+Gradients = Callable[..., tuple[Tensor, list[Tensor | None]]]
+"""From inputs to a loss and its gradients; None for a parameter that it does not use."""
 
-_ARRAYS = [field.name for field in fields(Cells) if field.name != "n_total"]
-_log = logging.getLogger(__name__)
+REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (fuse, shorten)
+"""What makes a graph sooner done, in this order; each works in place."""
 
 
-def gradients_of(loss: Callable[[Cells, Tensor], Tensor], parameters: Sequence[Tensor]) -> Gradients:
+class NotRecordableError(RuntimeError):
+    """What a function does that no recording can hold."""
+
+
+def gradients_of(loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> Gradients:
     """Return the function that runs a loss and differentiates it."""
 
-    def gradients(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        value = loss(cells, weight)
+    def gradients(*inputs: Any) -> tuple[Tensor, list[Tensor | None]]:
+        value = loss(*inputs)
         return value.detach(), list(torch.autograd.grad(value, parameters, allow_unused=True))
 
     return gradients
 
 
 def recorded(
-    gradients: Gradients,
+    function: Callable[..., Any],
     state: Sequence[Tensor],
-    cells: Callable[[], Cells],
-    other: Callable[[], Cells],
-    weight: Tensor,
-) -> Gradients:
-    """Record the operations of a run on a CPU; return what replays them, or `gradients` if that fails.
+    inputs: Callable[[], tuple[Any, ...]],
+    other: Callable[[], tuple[Any, ...]],
+) -> Callable[..., Any]:
+    """Record the operations that a function runs on a CPU; return what replays them.
 
     Parameters
     ----------
-    gradients
-        What to record. It may read and change nothing but its arguments, `state` and random numbers.
+    function
+        What to record: of pytrees of tensors, to a pytree of tensors and None. It may read and change nothing
+        but its arguments, `state` and torch's random numbers.
     state
         Tensors that it reads or changes in place; afterwards they are as before.
-    cells, other
-        Gather a minibatch to record, and one of the same size to compare the recording with the programs on;
-        neither is kept longer than it is needed.
-    weight
-        Of the KL.
+    inputs, other
+        Make its arguments: to record it with, and others of the same shapes to compare replays with it on.
+        They are made anew each time, so that none is kept longer than needed.
 
     Returns
     -------
-    Gradients
-        The same, sooner; what :func:`fuse` puts in rounds otherwise. If the programs could not be recorded,
-        or a replay differs from them, the log says why.
+    callable
+        The same, sooner.
+
+    Raises
+    ------
+    NotRecordableError
+        If the function could not be recorded, or a replay differs from it: the message says why.
+
+    Warns
+    -----
+    RuntimeWarning
+        If a rewrite fails, or its graph differs from the function: the graph before it is replayed then.
     """
-    device, n_state = weight.device, len(state)
-
-    def flat(*tensors: Tensor) -> list[Tensor | None]:
-        *arrays, library, weight = tensors[n_state:]
-        seen = Cells(n_total=n_total, **dict(zip(_ARRAYS, arrays, strict=True)))
-        value, slopes = gradients(seen.knowing(library), weight)
-        return [value, *slopes]
-
-    def flattened(cells: Cells, weight: Tensor) -> list[Tensor]:
-        return [*state, *(getattr(cells, name) for name in _ARRAYS), cells.library, weight]
-
     kept = [tensor.detach().clone() for tensor in state]
+    device = state[0].device
+
+    def outcome(run: Callable[..., Any]) -> list[Tensor | None]:
+        before = [tensor.detach().clone() for tensor in state]
+        with seeded(device, 1):
+            result = tree_leaves(run(*other()))
+        result += [tensor.detach().clone() for tensor in state]
+        restore(state, before)
+        return result
+
+    def passes(graph: fx.GraphModule) -> bool:
+        return agree(wanted, outcome(replay_of(graph)), partial(outcome, function), state)
+
     try:
-        some = cells()
-        n_total, arguments = some.n_total, flattened(some, weight)
         with seeded(device, 0):
-            graph = traced(flat, arguments)
-        del some, arguments
-        _simplify(graph)
-
-        def replay(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-            with torch.no_grad():
-                value, *slopes = graph(*flattened(cells, weight))
-            return value, slopes
-
-        def outcome(run: Gradients) -> list[Tensor | None]:
-            restore(state, kept)
-            with seeded(device, 1):
-                value, slopes = run(other(), weight / 2)
-            return [value, *slopes, *(tensor.detach().clone() for tensor in state)]
-
-        if not all(map(_alike, outcome(gradients), outcome(replay))):
-            msg = "a replay on other cells differs: a program does what no tensor operation shows"
-            raise RuntimeError(msg)
-        fuse(graph.graph)
-        shorten(graph)
-        if not all(map(_alike, outcome(replay), outcome(replay))):
+            graph, replay_of = _graph(function, state, inputs())
+        restore(state, kept)
+        simplify(graph)
+        wanted = outcome(function)
+        if not passes(graph):
+            msg = "a replay on other inputs differs: a program does what no tensor operation shows"
+            raise NotRecordableError(msg)
+        for rewrite in REWRITES:
+            graph = _rewritten(graph, rewrite, passes)
+        replay = replay_of(graph)
+        if not passes(graph):
             msg = "a second replay differs from the first: a program keeps what it computes"
-            raise RuntimeError(msg)
-    except Exception as error:  # (whatever a program does that can't be recorded)
-        why = str(error).partition("\n")[0] or type(error).__name__
-        _log.info("steps are run, not replayed: %s", why)
-        return gradients
+            raise NotRecordableError(msg)
     finally:
         restore(state, kept)
-    _log.info("steps are replayed from here on")
     return replay
 
 
-def restore(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    """Give tensors, in place, the values that were kept of them."""
-    with torch.no_grad():
-        for tensor, value in zip(state, kept, strict=True):
-            tensor.copy_(value)
+def _graph(
+    function: Callable[..., Any], state: Sequence[Tensor], inputs: tuple[Any, ...]
+) -> tuple[fx.GraphModule, Callable[[fx.GraphModule], Callable[..., Any]]]:
+    """Return the operations as a graph, and what makes a function of the same arguments of such a graph."""
+    arguments, shape = tree_flatten(inputs)
+    result_shape: Any = None
+
+    def flat(*tensors: Tensor) -> list[Tensor | None]:
+        nonlocal result_shape
+        leaves, result_shape = tree_flatten(function(*tree_unflatten(tensors[len(state) :], shape)))
+        return leaves
+
+    try:
+        graph = traced(flat, [*state, *arguments])
+    except Exception as error:  # whatever a program does that can't be recorded
+        raise NotRecordableError(str(error).partition("\n")[0] or type(error).__name__) from error
+
+    def replay_of(graph: fx.GraphModule) -> Callable[..., Any]:
+        def replay(*inputs: Any) -> Any:
+            with torch.no_grad():
+                return tree_unflatten(graph(*state, *tree_leaves(inputs)), result_shape)
+
+        return replay
+
+    return graph, replay_of
 
 
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether two are equal but for rounding, by the scale of their largest numbers."""
-    if a is None or b is None or torch.equal(a, b):
-        return a is b or (a is not None and b is not None)
-    a, b = a.double(), b.double()
-    scale = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=1e-6, atol=1e-6 * scale, equal_nan=True)
+def _rewritten(
+    graph: fx.GraphModule,
+    rewrite: Callable[[fx.GraphModule], None],
+    passes: Callable[[fx.GraphModule], bool],
+) -> fx.GraphModule:
+    """Return a rewritten copy of a graph if it passes; else warn, and return the graph."""
+    name = getattr(rewrite, "__name__", str(rewrite))
+    new = fx.Graph()
+    new.output(new.graph_copy(graph.graph, {}))
+    copy = fx.GraphModule(graph, new)  # the tensors that it holds are the same, not copies
+    try:
+        rewrite(copy)
+        if passes(copy):
+            return copy
+        why = "computes other numbers"
+    except Exception as error:  # ours: steps are right without it
+        why = f"failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    msg = f"the rewrite {name!r} of recorded steps {why} and is left out: please report it with your model"
+    warnings.warn(msg, RuntimeWarning, stacklevel=2)
+    return graph

@@ -123,12 +123,16 @@ def check_programs(model: Program, guide: Program, cells: Cells) -> int:
     Raises
     ------
     ValueError
-        If nothing is observed, the observed site is in no plate of cells, or a latent site of one program is
-        missing in the other.
+        If nothing is observed, the observed site is in no plate of cells, a latent site of one program is
+        missing in the other, or a program writes into the counts.
     """
+    x = cells.x.clone()
     with validating(on=True):
         guided, modelled = traces(model, guide, cells)
         modelled.compute_log_prob()
+    if not torch.equal(cells.x, x):
+        msg = "a program writes into cells.x, which others read: write into a copy, x = cells.x.clone()"
+        raise ValueError(msg)
     latent = {name for name in modelled.stochastic_nodes if not is_plate(modelled.nodes[name])}
     summed_out = {name for name in latent if modelled.nodes[name]["infer"].get("enumerate")}
     guessed = {

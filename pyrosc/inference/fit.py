@@ -1,4 +1,4 @@
-"""inference.fit."""
+"""Fit: a trained model and guide, the record that every question is put to."""
 
 import math
 from collections.abc import Iterator
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from pyrosc.data.schema import Schema
+from pyrosc.engine.cpu.threads import kept
 from pyrosc.inference import storage
 from pyrosc.inference.contract import Program, pair
+from pyrosc.inference.found import Found
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import isolated, modules_of
 
@@ -38,7 +40,9 @@ class Fit:
         dropout and the KL weight of the time), ``kl_<site>`` (nats per cell, on the
         validation cells), ``kl_weight``, ``learning_rate``, ``seconds`` since the start.
     settings
-        What :func:`fit_svi` was given, and what it chose.
+        What was asked for: the arguments of :func:`fit_svi`, with the values that None stood for.
+    found
+        What the run found.
     device
         Where the parameters are.
     """
@@ -49,6 +53,7 @@ class Fit:
     schema: Schema
     history: pd.DataFrame
     settings: dict[str, Any]
+    found: Found
     device: torch.device
 
     @property
@@ -66,7 +71,7 @@ class Fit:
         """Run programs as trained: evaluation mode, no gradients, own parameters, own random numbers."""
         for module in modules_of(self.program, self.separate_guide):
             module.eval()
-        with torch.no_grad(), isolated(self.device, seed, self.params):
+        with torch.no_grad(), kept(), isolated(self.device, seed, self.params):
             yield
 
     def save(self, directory: str | Path) -> None:
@@ -88,11 +93,12 @@ class Fit:
 
     def __repr__(self) -> str:
         name = type(self.program).__name__ if isinstance(self.program, nn.Module) else "program"
-        last = self.history.iloc[self.settings["best_epoch"]]
+        last = self.history.iloc[self.found.best_epoch]
         loss = last.validation if math.isfinite(last.validation) else last.train
+        how = "replayed" if self.found.replayed is True else f"run: {self.found.replayed}"
         return (
             f"Fit({name}, {len(self.schema.genes)} genes, {len(self.history)} epochs, "
-            f"{loss:.1f} nats per cell, {self.device})"
+            f"{loss:.1f} nats per cell, {self.device}, steps {how})"
         )
 
 

@@ -1,4 +1,4 @@
-"""inference.handlers."""
+"""Handlers around programs, which know nothing of them: a weight on the KL, genes left out."""
 
 import functools
 from typing import Any
@@ -15,20 +15,22 @@ from pyrosc.inference.contract import Program
 
 
 class LeaveOut(Messenger):
-    """Leaves genes out of the density of the counts, site ``"x"``.
+    """Leaves genes out of the density of the counts, of whatever site observes them.
 
     Parameters
     ----------
     kept : Tensor of shape (genes,)
         True for the genes that stay.
+    x : Tensor of shape (cells, genes)
+        The counts.
     """
 
-    def __init__(self, kept: Bool[Tensor, "genes"]) -> None:
+    def __init__(self, kept: Bool[Tensor, "genes"], x: Tensor) -> None:
         super().__init__()
-        self.kept = kept
+        self.kept, self.x = kept, x
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == "x" and msg["is_observed"]:
+        if msg["is_observed"] and msg["value"] is self.x:
             kept = self.kept.to(msg["value"].device)
             msg["fn"] = without(msg["fn"], kept)
             msg["value"] = torch.where(kept, msg["value"], 0.0)
@@ -42,7 +44,7 @@ def leaving_out(model: Program, schema: Schema) -> Program:
 
     @functools.wraps(model)
     def run(cells: Cells) -> Any:
-        with LeaveOut(kept):
+        with LeaveOut(kept, cells.x):
             return model(cells)
 
     run.__self__ = getattr(model, "__self__", model)  # type: ignore[attr-defined]  # whose parts it runs

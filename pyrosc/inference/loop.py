@@ -1,259 +1,256 @@
-"""The training loop: epochs, minibatches, schedules, validation; what fit_svi runs. It knows no site."""
+"""The training loop: epochs, minibatches, validation; what fit_svi runs. It knows no site.
+
+Replayed steps are checked as they go: after the epoch in which a stretch of `CHECK_EVERY` steps ends, and at
+the end, a step is taken both ways. If they differ, the fit goes back to where the stretch began and runs the
+programs from there, so that no replayed step that was not checked stays in a fit.
+"""
 
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyrosc.data.minibatch import Cells, Resident
-from pyrosc.engine.adam import Adam
-from pyrosc.engine.bfloat16 import LinearInBfloat16
-from pyrosc.engine.cuda_graph import CudaGraph
-from pyrosc.engine.replay import gradients_of, recorded, restore
+from pyrosc.data.minibatch import Cells
+from pyrosc.engine.compare import restore
 from pyrosc.engine.rng import seeded
-from pyrosc.inference.contract import Program, check_all_found, check_programs, is_of_each_cell, traces
-from pyrosc.inference.elbo import loss_and_kl, weighted_loss
+from pyrosc.inference.contract import check_all_found, check_programs, is_of_each_cell, traces
+from pyrosc.inference.elbo import check_estimator, checked_loss, loss_and_kl, of_held_out
 from pyrosc.inference.isolation import own_parameters
+from pyrosc.inference.step import Problem, Step, as_in_training
 
-RECORD_AFTER, RECORD_FOR = 3, 50
-"""Steps that are run before one is recorded, and steps to come for which that is worth its time."""
+CHECK_EVERY = 100
+"""Replayed steps after which one is taken both ways: about 2% of their time."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Progress:
+    """What there is after some epochs: rows of the history, and the best parameters so far."""
+
+    kept: list[Tensor]
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: int = 0
+    best_loss: float = math.inf
+
+    def add(self, row: dict[str, float], state: Sequence[Tensor], *, warm: bool) -> None:
+        """Note an epoch; its parameters are kept if it is the best.
+
+        Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen to its
+        end no epoch is final.
+        """
+        self.rows.append(row)
+        if not (warm and row["validation"] >= self.best_loss):
+            self.best = len(self.rows) - 1
+            self.best_loss = row["validation"] if warm else math.inf
+            restore(self.kept, state)
+
+
+class _Stretch:
+    """Where a stretch of steps began, to go back to."""
+
+    def __init__(self, step: Step, progress: _Progress) -> None:
+        self.tensors = [tensor.detach().clone() for tensor in step.trained]
+        self.taken = step.taken
+        self.random = torch.get_rng_state()
+        self.random_there = torch.cuda.get_rng_state(step.device) if step.device.type == "cuda" else None
+        self.progress = replace(progress, rows=[*progress.rows], kept=[t.clone() for t in progress.kept])
+
+    def go_back(self, step: Step) -> _Progress:
+        """Make all as it was then; return the progress of the time."""
+        restore(step.trained, self.tensors)
+        step.taken = self.taken
+        torch.default_generator.set_state(self.random)
+        if self.random_there is not None:
+            torch.cuda.set_rng_state(self.random_there, step.device)
+        return self.progress
+
+
 @dataclass(frozen=True)
-class Problem:
-    """What is trained, on what."""
+class Trained:
+    """What a training run found; see :class:`pyrosc.inference.fit.Found`."""
 
-    model: Program
-    guide: Program
-    elbo: ELBO
-    modules: list[nn.Module]
-    train: Resident
-    validation: Resident | None
+    history: pd.DataFrame
+    best_epoch: int
+    plate_nesting: int
+    parameters_of_each_cell: bool
+    replayed: bool | str
 
 
-def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001
-    """Train in place; return the history and the epoch whose parameters were kept."""
+def train(problem: Problem, settings: dict[str, Any], progress: bool) -> Trained:  # noqa: FBT001
+    """Train in place; the parameters of the best epoch are kept."""
     start = time.perf_counter()
-    state = _checked(problem, settings)
-    step = _Stepper(problem, state, settings)
-    rows: list[dict[str, float]] = []
-    best, best_loss, kept = 0, math.inf, [tensor.detach().clone() for tensor in state]
+    state, plate_nesting, each = _checked(problem, settings)
+    step = Step(problem, state, settings)
+    done = _Progress([tensor.detach().clone() for tensor in state])
+    stretch = _Stretch(step, done) if step.may_be_wrong else None
     with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
-        for epoch in range(settings["epochs"]):
+        while len(done.rows) < settings["epochs"]:
             losses, interrupted = _epoch(problem, step)
-            if interrupted and not (losses or rows):
+            if interrupted and not (losses or done.rows):
                 raise KeyboardInterrupt
             try:
-                row = _row(losses, step, problem, settings)
+                row = _row(losses, step, problem) | {"seconds": time.perf_counter() - start}
+                done.add(row, state, warm=step.taken >= settings["kl_warmup"])
             except KeyboardInterrupt:  # while the validation loss was measured
-                if rows:
-                    break
-                row, interrupted = _row(losses, step, replace(problem, validation=None), settings), True
-            rows.append(row | {"seconds": time.perf_counter() - start})
-            bar.update()
-            shown = {name: rows[-1][name] for name in ("train", "validation")}
-            bar.set_postfix({name: f"{loss:.1f}" for name, loss in shown.items() if math.isfinite(loss)})
-            warm = step.taken >= settings["kl_warmup"]
-            # Without validation the loss is NaN and the last epoch is kept; before the KL weight has risen
-            # to its end no epoch is final.
-            if not (warm and rows[-1]["validation"] >= best_loss):
-                best, best_loss = epoch, rows[-1]["validation"] if warm else math.inf
-                restore(kept, state)
-            if interrupted or (warm and epoch - best >= settings["patience"]):
+                interrupted = True
+                if not done.rows:
+                    row = _row(losses, step, replace(problem, validation=None))
+                    done.add(row | {"seconds": time.perf_counter() - start}, state, warm=False)
+            except FloatingPointError:
+                if stretch is None or step.agrees(_rows_to_check(problem, step)):
+                    raise
+            over = interrupted or _is_over(done, step)
+            if stretch is not None and (over or step.taken - stretch.taken >= CHECK_EVERY):
+                if not step.agrees(_rows_to_check(problem, step)):
+                    done, over = _gone_back(stretch, step), interrupted
+                    if interrupted and not done.rows:
+                        raise KeyboardInterrupt
+                stretch = _Stretch(step, done) if step.may_be_wrong and not over else None
+            _show(bar, done.rows)
+            if over:
                 break
+    _check_finite(done.kept, state)
+    restore(state, done.kept)
+    history = pd.DataFrame(done.rows).rename_axis("epoch")
+    return Trained(history, done.best, plate_nesting, each, step.replayed)
+
+
+def _is_over(done: _Progress, step: Step) -> bool:
+    """Say whether all epochs are done, or the validation loss has been no better for long."""
+    warm = step.taken >= step.settings["kl_warmup"]
+    waited = len(done.rows) - 1 - done.best
+    return len(done.rows) >= step.settings["epochs"] or (warm and waited >= step.settings["patience"])
+
+
+def _gone_back(stretch: _Stretch, step: Step) -> _Progress:
+    """Go back to the start of a stretch, with a word in the log."""
+    done = stretch.go_back(step)
+    _log.warning(
+        "steps were replayed, but %s: the fit went back to the start of epoch %d and runs its programs from "
+        "there; fit_svi(..., replay=False) does so at once",
+        step.replayed,
+        len(done.rows),
+    )
+    return done
+
+
+def _rows_to_check(problem: Problem, step: Step) -> Tensor:
+    """Return cells to take a step of both ways: others each time, and no random number of the fit's."""
+    n, size = len(problem.train), step.settings["minibatch_size"]
+    return (torch.arange(size, device=step.device) + step.taken * size) % n
+
+
+def _show(bar: Any, rows: list[dict[str, float]]) -> None:
+    if not rows:
+        return
+    bar.update(len(rows) - bar.n)
+    shown = {name: rows[-1][name] for name in ("train", "validation")}
+    bar.set_postfix({name: f"{loss:.1f}" for name, loss in shown.items() if math.isfinite(loss)})
+
+
+def _check_finite(kept: list[Tensor], state: list[Tensor]) -> None:
     with torch.no_grad():
         if not all(torch.isfinite(v).all() for v, t in zip(kept, state, strict=True) if t.requires_grad):
             msg = "the parameters are no longer finite: try a lower learning_rate or clip_norm=1.0"
             raise FloatingPointError(msg)
-    restore(state, kept)
-    return pd.DataFrame(rows).rename_axis("epoch"), best
 
 
-def _checked(problem: Problem, settings: dict[str, Any]) -> list[Tensor]:
-    """Run the programs on a first minibatch; return all tensors that training changes.
+def _checked(problem: Problem, settings: dict[str, Any]) -> tuple[list[Tensor], int, bool]:
+    """Run the programs and the ELBO on a first minibatch, as Pyro validates them.
+
+    Returns
+    -------
+    list of Tensor
+        All that training changes.
+    int
+        How many plates stand inside each other.
+    bool
+        Whether there are parameters of each cell.
 
     Raises
     ------
     ValueError
-        If the programs don't fit each other or the data; the message names the remedy.
+        If the programs don't fit each other, the data or the estimator; the message names the remedy.
     """
-    first = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+    n, size = len(problem.train), settings["minibatch_size"]
+    estimate = {name: settings[name] for name in ("kl_weight", "kl_warmup")}
+    check_estimator(problem.elbo, n_minibatches=-(-n // size), **estimate)
+    first = torch.arange(size, device=problem.train.start.device)
     for module in problem.modules:
         module.eval()  # so that a run of the programs leaves their running moments alone
     with seeded(first.device, settings["seed"]):
         cells = problem.train.cells(first)
-        settings["plate_nesting"] = check_programs(problem.model, problem.guide, cells)
+        plate_nesting = check_programs(problem.model, problem.guide, cells)
     if isinstance(problem.elbo, TraceEnum_ELBO) and math.isinf(problem.elbo.max_plate_nesting):
-        problem.elbo.max_plate_nesting = settings["plate_nesting"]  # or Pyro runs the programs to find out
+        problem.elbo.max_plate_nesting = plate_nesting  # or Pyro runs the programs to find out
     own_parameters(problem.modules)
     # From here on the store's tensors are the ones to train, save and restore.
     state = _state(problem.modules)
+    kept = [tensor.detach().clone() for tensor in state]
+    as_in_training(problem.modules)  # in which some draws are others than in evaluation
     with seeded(first.device, settings["seed"]):
-        check_all_found(problem.elbo.differentiable_loss(problem.model, problem.guide, cells), state)
+        check_all_found(checked_loss(problem.elbo, problem.model, problem.guide, cells), state)
+    restore(state, kept)
+    for module in problem.modules:
+        module.eval()
     each = is_of_each_cell(problem.model, problem.guide, cells, state)
-    settings["parameters_of_each_cell"] = each
-    if each and settings["n_train"] < settings["n_cells"]:
+    if each and problem.validation is not None and len(problem.validation):
         msg = "the programs have parameters of each cell, which cells kept out do not have: use validation=0"
         raise ValueError(msg)
-    return state
+    return state, plate_nesting, each
 
 
-class _Stepper:
-    """One step of Adam: the rate and the KL weight follow their schedules over the planned steps."""
-
-    def __init__(self, problem: Problem, state: list[Tensor], settings: dict[str, Any]) -> None:
-        self.parameters = [tensor for tensor in state if tensor.requires_grad]
-        if not self.parameters:
-            msg = "nothing to train: the model and the guide have no parameters that require a gradient"
-            raise ValueError(msg)
-        self.problem, self.state, self.settings = problem, state, settings
-        self.planned = settings["epochs"] * settings["steps_per_epoch"]
-        self.taken = 0
-        self.rate = self.weight = 0.0
-        device = problem.train.start.device
-        # On the device, so that a recorded step reads what they are then.
-        self.weight_there, self.rate_there = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.gradients = gradients_of(self._loss, self.parameters)
-        self.graph: CudaGraph | None = None
-        self.optimiser = Adam(self.parameters, settings["weight_decay"] / settings["n_train"])
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Take the step; return the loss before it, in nats per cell, on the device."""
-        settings = self.settings
-        self.rate = settings["learning_rate"] * one_cycle(self.taken / self.planned)
-        self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
-        self.weight_there.fill_(self.weight)
-        self.rate_there.fill_(self.rate)
-        if self.taken == RECORD_AFTER and self.planned - self.taken > RECORD_FOR:
-            self._record(rows)
-        loss = self._step(rows) if self.graph is None else self.graph(rows)
-        self.taken += 1
-        return loss
-
-    def _loss(self, cells: Cells, weight: Tensor) -> Tensor:
-        with LinearInBfloat16() if self.settings["precision"] == "bfloat16" else nullcontext():
-            return weighted_loss(self.problem.elbo, self.problem.model, self.problem.guide, cells, weight)
-
-    def _step(self, rows: Tensor) -> Tensor:
-        loss, gradients = self.gradients(self.problem.train.cells(rows), self.weight_there)
-        if self.settings["clip_norm"] is not None:
-            gradients = _clipped(gradients, self.settings["clip_norm"])
-        # A step with a loss that is not finite is not taken, so that the parameters can still be looked at.
-        self.optimiser.step(gradients, self.rate_there, skip=(~torch.isfinite(loss)).float())
-        return loss
-
-    def _record(self, rows: Tensor) -> None:
-        """Replay this step from now on, if it can be recorded."""
-        if self._counting(rows):
-            _log.info("steps are run, not replayed: a program changes numbers of its own from step to step")
-            return
-        n = len(self.problem.train)
-        other = (rows + (len(rows) % n or 1)) % n
-        if rows.device.type == "cuda":
-            state = [*self.state, *self.optimiser.state]
-            try:
-                self.graph = CudaGraph(self._step, state, rows, other)
-            except RuntimeError as error:
-                _log.info("steps are run, not replayed: %s", str(error).partition("\n")[0])
-        elif rows.device.type == "cpu":
-            gather = self.problem.train.cells
-            self.gradients = recorded(
-                self.gradients, self.state, lambda: gather(rows), lambda: gather(other), self.weight_there
-            )
-
-    def _counting(self, rows: Tensor) -> bool:
-        """Say whether a run changes plain numbers that the programs keep, such as a count of their calls."""
-        owners = [
-            getattr(program, "__self__", program) for program in (self.problem.model, self.problem.guide)
-        ]
-        parts = [*owners, *(part for module in self.problem.modules for part in module.modules())]
-
-        def numbers() -> list[Any]:
-            kept = [item for part in parts for item in getattr(part, "__dict__", {}).items()]
-            return [(name, value) for name, value in kept if isinstance(value, int | float)]
-
-        before = numbers()
-        with seeded(rows.device, 0):
-            state = [tensor.detach().clone() for tensor in self.state]
-            traces(self.problem.model, self.problem.guide, self.problem.train.cells(rows))
-        restore(self.state, state)
-        return numbers() != before
-
-
-def _clipped(gradients: list[Tensor | None], norm: float) -> list[Tensor | None]:
-    """Shorten gradients, as one vector, to a norm."""
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients if gradient is not None]
-    share = (norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
-    return [None if gradient is None else gradient * share for gradient in gradients]
-
-
-def one_cycle(done: float) -> float:
-    """Return the learning rate as a share of its peak: up in a tenth of the run, then down along a cosine."""
-    return 0.04 + 0.96 * done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)
-
-
-def _epoch(problem: Problem, step: _Stepper) -> tuple[list[float], bool]:
+def _epoch(problem: Problem, step: Step) -> tuple[list[float], bool]:
     """Take the steps of an epoch; return their losses, and whether ctrl-C ended it."""
-    for module in problem.modules:
-        _as_in_training(module)
+    as_in_training(problem.modules)
     losses: list[Tensor] = []
     interrupted = False
     try:
-        for rows in _permuted(len(problem.train), step.settings, problem.train.start.device):
-            losses.append(step(rows))  # noqa: PERF401 (ctrl-C keeps what is done)
+        for rows in _permuted(len(problem.train), step.settings["minibatch_size"], step.device):
+            losses.append(step(rows))
+            problem.threads.notice()
     except KeyboardInterrupt:
         interrupted = True
     return torch.stack(losses).tolist() if losses else [], interrupted
 
 
-def _as_in_training(module: nn.Module) -> None:
-    """Put a module in training mode, but for parts whose parameters are all frozen: they run as trained."""
-    module.train()
-    for part in module.modules():
-        parameters = list(part.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            part.eval()
-
-
-def _permuted(n: int, settings: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
+def _permuted(n: int, size: int, device: torch.device) -> Iterator[Tensor]:
     """Yield a random order of all rows as minibatches of one size: the last is filled up from the first."""
-    size, steps = settings["minibatch_size"], settings["steps_per_epoch"]
     # Pyro subsamples parameters of each cell only where the minibatch is not all cells: keep their order.
     if size == n:
         yield torch.arange(n, device=device)
         return
     order = torch.randperm(n, device=device)
-    yield from torch.cat([order, order[: steps * size - n]]).split(size)
+    yield from torch.cat([order, order[: -n % size]]).split(size)
 
 
-def _row(losses: list[float], step: _Stepper, problem: Problem, settings: dict[str, Any]) -> dict[str, float]:
+def _row(losses: list[float], step: Step, problem: Problem) -> dict[str, float]:
     """Return an epoch's row of the history; raise if a loss is not finite."""
+    settings = step.settings
     for module in problem.modules:
         module.eval()
-    with torch.no_grad(), seeded(problem.train.start.device, settings["seed"]):
+    with torch.no_grad(), seeded(step.device, settings["seed"]):
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
-            rows = torch.arange(settings["minibatch_size"], device=problem.train.start.device)
+            rows = torch.arange(settings["minibatch_size"], device=step.device)
             raise FloatingPointError(
                 _blame(problem, step, step.taken - len(losses) + bad[0], problem.train.cells(rows))
             )
         blocks = problem.validation.minibatches(512) if problem.validation is not None else ()
         measured = []
         for cells in blocks:
-            measured.append(_measured(problem, cells, settings))
+            measured.append(_measured(problem, cells, settings["kl_weight"]))
             if not math.isfinite(measured[-1]["validation"]):
                 raise FloatingPointError(_blame(problem, step, step.taken, cells))
     row = {"train": float(np.mean(losses)) if losses else math.nan, "validation": math.nan}
@@ -263,14 +260,14 @@ def _row(losses: list[float], step: _Stepper, problem: Problem, settings: dict[s
     return row | {"kl_weight": step.weight, "learning_rate": step.rate}
 
 
-def _measured(problem: Problem, cells: Cells, settings: dict[str, Any]) -> dict[str, float]:
+def _measured(problem: Problem, cells: Cells, kl_weight: float) -> dict[str, float]:
     """Return the validation loss of cells and the KL of each site, in nats per cell, and their number."""
-    cells = replace(cells, n_total=settings["n_train"])
-    loss, kl = loss_and_kl(problem.elbo, problem.model, problem.guide, cells, settings["kl_weight"])
+    cells = replace(cells, n_total=len(problem.train))
+    loss, kl = loss_and_kl(of_held_out(problem.elbo), problem.model, problem.guide, cells, kl_weight)
     return {"validation": float(loss), "n": len(cells)} | {f"kl_{name}": value for name, value in kl.items()}
 
 
-def _blame(problem: Problem, step: _Stepper, which: int, cells: Cells) -> str:
+def _blame(problem: Problem, step: Step, which: int, cells: Cells) -> str:
     """Say where a loss stopped being finite."""
     guided, modelled = traces(problem.model, problem.guide, cells)
     sites: dict[str, Tensor] = {}

@@ -7,12 +7,10 @@ genes and categories, how to build the model, settings, history, versions).
 import json
 import math
 import os
-import platform
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
-from importlib.metadata import version
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,11 @@ from pyrosc import models
 from pyrosc.data.counts import Counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.contract import check_programs, pair
+from pyrosc.inference.found import Found, versions
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of, own_parameters
 
-FORMAT = 3  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced
+FORMAT = 4  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced;
+# 3: what the run found stood among the settings
 TENSORS, RECORD = "parameters.safetensors", "fit.json"
 
 
@@ -45,9 +45,9 @@ def save(fit: Any, directory: str | Path) -> None:
         "program": recipe_of(fit),
         "schema": _schema_to_json(fit.schema),
         "settings": {name: _in_words(value) for name, value in fit.settings.items()},
+        "found": asdict(fit.found),
         "history": fit.history.astype(object).where(fit.history.notna(), None).to_dict("list"),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl", "numpy", "anndata")}
-        | {"pyrosc": version("pyrosc"), "python": platform.python_version()},
+        "versions": versions(),
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Both files are written beside the target and moved there whole: a crash leaves the old fit or the new.
@@ -87,8 +87,8 @@ def read(directory: str | Path, model: Any, guide: Any, device: str) -> dict[str
     with isolated(on, settings["seed"], params):
         # A run on a stand-in for the data makes the parameters that exist only once a program has run.
         cells = _stand_in(schema).on(on).cells(torch.zeros(1, dtype=torch.int64, device=on))
-        cells = replace(cells, n_total=settings["n_train"])
-        settings["plate_nesting"] = check_programs(*pair(program, separate_guide), cells)
+        cells = replace(cells, n_total=record["found"]["n_train"])
+        record["found"]["plate_nesting"] = check_programs(*pair(program, separate_guide), cells)
         own_parameters(modules_of(program, separate_guide))
     _fill(_tensors_of(program, separate_guide, params), tensors)
     return {
@@ -98,6 +98,7 @@ def read(directory: str | Path, model: Any, guide: Any, device: str) -> dict[str
         "schema": schema,
         "history": pd.DataFrame(record["history"], dtype=float).rename_axis("epoch"),
         "settings": settings,
+        "found": Found(**record["found"] | {"threads": tuple(record["found"]["threads"])}),
         "device": on,
     }
 

@@ -1,4 +1,4 @@
-"""plots.cells."""
+"""Cells in two dimensions: their layout, drawn by label."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from pyrosc.plots.style import GREY, MARKERS, PALETTE, _axes
+from pyrosc.plots.style import GREY, MARKERS, PALETTE, axes_or_new
 
 
 def layout(latent: Float[np.ndarray, "cells latent"], *, seed: int = 0) -> Float[np.ndarray, "cells 2"]:
@@ -26,6 +26,14 @@ def layout(latent: Float[np.ndarray, "cells latent"], *, seed: int = 0) -> Float
     -------
     ndarray of shape (cells, 2)
         float32. Of t-SNE only who is near to whom has a meaning: no distance between groups has.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyrosc import plots
+    >>> latent = np.random.default_rng(0).normal(size=(30, 10)).astype("float32")
+    >>> plots.layout(latent).shape
+    (30, 2)
     """
     n, width = latent.shape
     if width > 2 and n >= 20:
@@ -64,12 +72,20 @@ def embedding(
     ------
     ValueError
         If there are not as many labels as cells.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pyrosc import plots
+    >>> ax = plots.embedding(np.arange(8.0).reshape(4, 2), ["B", "T", "T", None])
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['unlabelled (1)', 'B (1)', 'T (2)']
     """
     known = pd.Categorical(labels).remove_unused_categories()
     if len(known) != len(xy):
         msg = f"{len(xy)} cells but {len(known)} labels"
         raise ValueError(msg)
-    ax = _axes(ax, 7.5, 4.8)
+    ax = axes_or_new(ax, 7.5, 4.8)
     size = float(np.clip(12000 / max(1, len(xy)), 2, 22))
     if (known.codes < 0).any():
         missing = xy[known.codes < 0]

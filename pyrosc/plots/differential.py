@@ -1,8 +1,4 @@
-"""Pictures of a fit, a latent space, an imputation, a table: matplotlib, without pyplot.
-
-Every function draws into the Axes it is given, or into a new figure, and returns the Axes; nothing global is
-read or changed. To keep a picture: ``plots.history(fit).figure.savefig("history.png")``.
-"""
+"""What a question about differential expression found: volcano, calibration."""
 
 from typing import Any
 
@@ -13,7 +9,7 @@ from matplotlib.path import Path
 from matplotlib.transforms import Bbox, BboxBase
 
 from pyrosc.differential.null_calibration import NullCalibration
-from pyrosc.plots.style import BLUE, GREY, ORANGE, _axes
+from pyrosc.plots.style import BLUE, GREY, ORANGE, axes_or_new
 
 
 def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) -> Axes:
@@ -32,6 +28,23 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
     ------
     ValueError
         If the table lacks a column, or holds several comparisons.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from pyrosc import plots
+    >>> table = pd.DataFrame(
+    ...     {
+    ...         "gene": ["CD19", "CD3D"],
+    ...         "group": "B",
+    ...         "reference": "rest",
+    ...         "lfc_mean": [3.0, -0.1],
+    ...         "lfc_sd": [0.5, 0.4],
+    ...         "is_de": [True, False],
+    ...     }
+    ... )
+    >>> [text.get_text() for text in plots.volcano(table).texts]
+    ['CD19']
     """
     needed = ["gene", "group", "reference", "lfc_mean", "lfc_sd", "is_de"]
     if missing := [name for name in needed if name not in table]:
@@ -41,7 +54,7 @@ def volcano(table: pd.DataFrame, *, n_labels: int = 12, ax: Axes | None = None) 
     if len(pairs) != 1:
         msg = f"the table holds {len(pairs)} comparisons: give one, e.g. table[table.group == ...]"
         raise ValueError(msg)
-    ax = _axes(ax, 7, 5)
+    ax = axes_or_new(ax, 7, 5)
     group, reference = pairs.iloc[0]
     lfc, called = table.lfc_mean.to_numpy(), table.is_de.to_numpy(dtype=bool)
     evidence = np.abs(lfc) / table.lfc_sd.to_numpy()
@@ -74,8 +87,18 @@ def calibration(result: NullCalibration, *, interval: float = 0.9, ax: Axes | No
         Probability of the intervals drawn.
     ax
         Axes to draw into; by default a new figure's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pyrosc
+    >>> from pyrosc import plots
+    >>> calls = np.array([[0, 0], [0, 1], [0, 0], [0, 0]])  # of four permutations, at two nominal rates
+    >>> result = pyrosc.NullCalibration(np.array([0.05, 0.1]), calls, n_rows=40)
+    >>> plots.calibration(result).get_xlabel()
+    'nominal false discovery rate'
     """
-    ax = _axes(ax, 5.5, 4.5)
+    ax = axes_or_new(ax, 5.5, 4.5)
     table = result.table(interval)
     top = 1.15 * max(table.upper.max(), table.nominal.max())
     ax.plot([0, top], [0, top], color=GREY, lw=1, zorder=1, label="realised = nominal")

@@ -1,4 +1,4 @@
-"""plots.expression."""
+"""Expression imputed and observed, gene by gene and group by group."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +62,18 @@ def imputed_against_observed(
         If there is no such column.
     ValueError
         If a gene is unknown, the imputation is no share or of other cells, or the axes are too few or many.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> from pyrosc import plots
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.impute(fit, adata)
+    >>> axes = plots.imputed_against_observed(imputed, adata, "cell_type", ["gene_0", "gene_1"])
+    >>> [ax.get_title() for ax in axes]
+    ['gene_0', 'gene_1']
     """
     data = as_counts(data)
     _check_markers(imputation, data, groupby, genes)

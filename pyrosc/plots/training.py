@@ -1,11 +1,11 @@
-"""plots.training."""
+"""The losses of a fit over its epochs."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from pyrosc.inference.fit import Fit
-from pyrosc.plots.style import BLUE, GREY, ORANGE, PALETTE, _axes
+from pyrosc.plots.style import BLUE, GREY, ORANGE, PALETTE, axes_or_new
 
 
 def history(fit: Fit, *, ax: Axes | None = None) -> Axes:
@@ -22,10 +22,20 @@ def history(fit: Fit, *, ax: Axes | None = None) -> Axes:
     -------
     Axes
         Of the losses, in nats per cell, lower is better.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> from pyrosc import plots
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> plots.history(fit).get_ylabel()
+    'loss, nats per cell'
     """
-    ax = _axes(ax, 7, 5)
+    ax = axes_or_new(ax, 7, 5)
     losses, epoch = fit.history, fit.history.index + 1
-    best = fit.settings["best_epoch"]
+    best = fit.found.best_epoch
     ax.plot(epoch, losses.train, color=BLUE, label="train (as minimised)")
     if losses.validation.notna().any():
         ax.plot(epoch, losses.validation, color=ORANGE, label="validation")

@@ -1,4 +1,4 @@
-"""posterior.checks."""
+"""Arguments of questions, checked: the fit, its cells, genes and batches, numbers of draws."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -6,8 +6,8 @@ from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 
+from pyrosc.data.alignment import in_order as in_order
 from pyrosc.data.counts import Counts
 from pyrosc.data.read import as_counts
 from pyrosc.inference.fit import Fit
@@ -23,16 +23,6 @@ def check_fit(fit: Any) -> None:
         raise TypeError(msg)
 
 
-def check_proteins(fit: Fit) -> None:
-    """Raise if the fit knows none."""
-    if not fit.schema.proteins:
-        msg = (
-            f"this {type(fit.program).__name__} knows no proteins: fit a TOTALVI to "
-            'from_anndata(..., protein_key="...")'
-        )
-        raise KeyError(msg)
-
-
 def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
     """Return the data in the genes and codes of the fit; raise if there are no cells, or there is no fit."""
     check_fit(fit)
@@ -41,35 +31,6 @@ def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
         msg = "no cells: the selection is empty"
         raise ValueError(msg)
     return counts
-
-
-def in_order(values: Any, data: Counts, what: str) -> Any:
-    """Return one value for each cell as they are; a Series that has the cells' names in the cells' order.
-
-    Parameters
-    ----------
-    values
-        A Series with other names, a number or an array is taken as it is.
-    data
-        Counts.
-    what
-        Name of the argument.
-
-    Raises
-    ------
-    ValueError
-        If a Series has names of some cells, but not of each once.
-    """
-    if not (isinstance(values, pd.Series) and values.index.isin(data.cell_names).any()):
-        return values
-    names = pd.Index(data.cell_names)
-    if not (names.is_unique and values.index.is_unique and set(values.index) == set(names)):
-        msg = (
-            f"{what} is a Series whose names are not those of the cells, each once: give its values, "
-            ".to_numpy(), if they are in the cells' order, or make names unique, obs_names_make_unique()"
-        )
-        raise ValueError(msg)
-    return values.loc[names]
 
 
 def is_between(value: Any, low: Any, high: Any) -> bool:
@@ -84,6 +45,13 @@ def check_draws(n_draws: Any, name: str = "n_draws") -> None:
         raise TypeError(msg)
     if n_draws < 1:
         msg = f"{name} must be at least 1, not {n_draws}"
+        raise ValueError(msg)
+
+
+def check_interval(interval: Any) -> None:
+    """Raise unless it is the probability of an interval."""
+    if not is_between(interval, 0, 1):
+        msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)
 
 

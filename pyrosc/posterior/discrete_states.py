@@ -1,24 +1,19 @@
-"""What a fit says of cells' clusters, codes and proteins, and of genes: clusters, predict, inclusion, ...
+"""What is discrete in a cell's state: clusters, labels (predict), and which numbers of its code are not 0."""
 
-Each reads a site, or a property of the program, that some models have.
-"""
-
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 
 from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
 from pyrosc.distributions.spike_slab import SpikeSlab
 from pyrosc.inference.fit import Fit
-from pyrosc.posterior.checks import check_proteins, counts_of
-from pyrosc.posterior.draws import draws
+from pyrosc.posterior.checks import counts_of
+from pyrosc.posterior.draws import draws, mean_over_draws
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import innermost, rows_of, run, seed_of
+from pyrosc.posterior.sampling import Run, innermost, map_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +26,15 @@ class Clusters:
         Rows sum to 1.
     entropy : Series of shape (cells,)
         Of each row, in nats: 0 is certainty, log(components) none at all.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> import pyrosc
+    >>> probability = pd.DataFrame([[0.9, 0.1], [0.5, 0.5]], ["cell_0", "cell_1"], ["0", "1"])
+    >>> entropy = pd.Series([0.33, 0.69], probability.index)
+    >>> pyrosc.Clusters(probability, entropy).most_probable.to_dict()
+    {'cell_0': '0', 'cell_1': '0'}
     """
 
     probability: pd.DataFrame
@@ -76,10 +80,20 @@ def clusters(
     ------
     KeyError
         If the model has no clusters.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.GMVAE.for_data(adata, n_latent=2, hidden=(8,), n_components=3)
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> pyrosc.clusters(fit, adata).probability.shape
+    (60, 3)
     """
     data = counts_of(fit, data)
     try:
-        probability = _mean(draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed), site)
+        drawn = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
+        probability = mean_over_draws(drawn, site)
     except KeyError as error:
         models = "pyrosc.GMVAE has clusters, pyrosc.SCANVI labels"
         msg = f"{error.args[0]}: {models}; name the site of probabilities of a program of your own"
@@ -115,6 +129,16 @@ def predict(
         If the model has no such site.
     ValueError
         If the program knows no labels.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> data = pyrosc.from_anndata(adata, labels_key="cell_type")
+    >>> model = pyrosc.SCANVI.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, data, epochs=2, progress=False)
+    >>> list(pyrosc.predict(fit, data).probability.columns)
+    ['type_0', 'type_1', 'type_2', 'type_3']
     """
     data = counts_of(fit, data)
     unlabelled = replace(data, labels=np.full(data.n_cells, -1))
@@ -153,50 +177,27 @@ def inclusion(
         If the guide has no such site.
     TypeError
         If the guide's distribution of the site is not spike-and-slab.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.VSC.for_data(adata, n_latent=2, hidden=(8,), branch=4)
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> pyrosc.inclusion(fit, adata).shape
+    (60, 2)
     """
-    data, parts = asked(fit, data), []
-    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
-        with fit.asking(seed_of(seed, i)):
-            guided, _ = run(fit, cells, 1, [], parallel=parallel)
-            if site not in guided[0].nodes:
-                msg = f"the guide samples no site {site!r}: name that of the code"
-                raise KeyError(msg)
-            q = innermost(guided[0].nodes[site]["fn"])
+
+    def probability(_: Cells, runs: list[Run]) -> np.ndarray:
+        guide = runs[0].guide
+        if site not in guide.nodes:
+            msg = f"the guide samples no site {site!r}: name that of the code"
+            raise KeyError(msg)
+        q = innermost(guide.nodes[site]["fn"])
         if not isinstance(q, SpikeSlab):
             msg = f"the guide's {site!r} is {type(q).__name__}, whose draws are never 0: fit a VSC"
             raise TypeError(msg)
-        parts.append(q.inclusion[0].cpu().numpy())
-    return np.concatenate(parts)
+        return q.inclusion[0].cpu().numpy()
 
-
-def foreground(
-    fit: Fit, data: Counts | anndata.AnnData, n_draws: int = 25, *, parallel: bool = True, seed: int = 0
-) -> pd.DataFrame:
-    """Return the posterior probability that a cell has each protein: its counts are not background alone.
-
-    Parameters
-    ----------
-    fit
-        Of :class:`~pyrosc.TOTALVI`, or of another program with a site ``"foreground"``.
-    data, n_draws, parallel, seed
-        See :func:`draws`.
-
-    Returns
-    -------
-    DataFrame of shape (cells, proteins)
-        Given the cell's counts of genes and proteins; of genes alone where the protein was not measured.
-
-    Raises
-    ------
-    KeyError
-        If the model has no such site.
-    """
-    data = counts_of(fit, data)
-    check_proteins(fit)
-    drawn = draws(fit, data, "foreground", n_draws=n_draws, parallel=parallel, seed=seed)
-    return pd.DataFrame(_mean(drawn, "foreground"), data.cell_names, list(fit.schema.proteins))
-
-
-def _mean(stream: Iterator[dict[str, Any]], site: str) -> np.ndarray:
-    """Return the mean over draws, (cells, ...)."""
-    return torch.cat([drawn[site].mean(0) for drawn in stream]).double().cpu().numpy()
+    parts = map_runs(fit, asked(fit, data), probability, n_draws=1, codes=(), parallel=parallel, seed=seed)
+    return np.concatenate([*parts])

@@ -1,8 +1,10 @@
-"""posterior.draws."""
+"""draws: the primitive that every question could be written with."""
 
 from collections.abc import Iterator
 
 import anndata
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from pyrosc.data.counts import Counts
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import batch_code, check_draws
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import stream
+from pyrosc.posterior.sampling import posterior_draws
 
 
 def draws(
@@ -56,11 +58,32 @@ def draws(
         If the batch is unknown, `n_draws` is below 1, or the data does not suit the fit.
     KeyError
         If there is no such site.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> for drawn in pyrosc.draws(fit, adata, "z", "rho", n_draws=5):
+    ...     print({site: tuple(values.shape) for site, values in drawn.items()})
+    {'z': (5, 60, 2), 'rho': (5, 60, 30)}
     """
     data = asked(fit, data)
     code = batch_code(fit, batch)
     check_draws(n_draws)
-    return (
-        {name: values[0] for name, values in drawn.items()}
-        for _, drawn in stream(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
-    )
+    drawn = posterior_draws(fit, data, sites, n_draws, [code], parallel=parallel, seed=seed)
+    return ({name: values[0] for name, values in some.items()} for some in drawn)
+
+
+def mean_over_draws(drawn: Iterator[dict[str, Tensor]], site: str) -> np.ndarray:
+    """Return the mean over the draws of a site, (cells, ...), float64.
+
+    Parameters
+    ----------
+    drawn
+        Of :func:`draws`.
+    site
+        Name of one of its sites.
+    """
+    return torch.cat([some[site].mean(0) for some in drawn]).double().cpu().numpy()

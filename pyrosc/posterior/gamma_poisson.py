@@ -1,4 +1,4 @@
-r"""Rates: what a count says of its own mean, by conjugacy.
+r"""Gamma-Poisson conjugacy: what a count says of its own rate.
 
 A negative binomial count is a Poisson whose rate is the decoder's mean times a factor of this very cell::
 
@@ -7,39 +7,18 @@ A negative binomial count is a Poisson whose rate is the decoder's mean times a 
 With u summed out x is NB(mu, theta); given x the factor is Gamma(theta + x, theta + mu), so that w is
 Gamma(theta + x, theta / mu + 1), and the count of a new measurement of the cell, x' ~ Poisson(w), is
 negative binomial with inverse dispersion theta + x. The factor of a Poisson is 1. A count that says nothing
-of its rate, one that dropped out or was not measured, leaves the factor as it was.
+of its rate, a zero of the inflation component or one that was not measured, leaves the factor as it was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import pyro.distributions as dist
 import torch
-from jaxtyping import Bool, Float
-from pyro.poutine import Trace
+from jaxtyping import Float
 from torch import Tensor
 
-from pyrosc.data.counts import Counts
-from pyrosc.data.minibatch import Cells
-from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated, new_counts
-from pyrosc.inference.fit import Fit
-from pyrosc.posterior.checks import batch_codes, in_order
-from pyrosc.posterior.sampling import answers, cells_second, innermost, site_of, value_of
-
-Columns = slice | Tensor
-"""Places of genes."""
-
-CACHED = 2**20
-"""Draws x cells x genes whose rates are worked out at a time."""
-
-Size = float | int | Sequence | np.ndarray | pd.Series
-"""A number of counts, or one for each cell."""
-
-Site = dict[str, Any]
-"""A site of a trace."""
+from pyrosc.distributions.counts import ZeroInflated, new_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +36,8 @@ class Rates:
     inverse_dispersion : Tensor of shape (draws, cells, genes), or None
         theta; None of a Poisson.
     hidden : Tensor of shape (draws, cells, genes)
-        Probability that the count says nothing of its rate: of a zero, that it is a dropout; 1 of a gene that
-        was not measured.
+        Probability that the count says nothing of its rate: 0 of a positive count; of a zero, the posterior
+        probability that it came from the inflation component, a dropout; 1 of a gene that was not measured.
     """
 
     likelihood: Any
@@ -133,129 +112,6 @@ def _chances(shape: Tensor, scale: Tensor, n: int) -> Iterator[Tensor]:
         p = p * odds * ((shape + k) / (k + 1))
 
 
-def sizes_of(size: Size, data: Counts, name: str) -> Float[Tensor, "cells 1"]:
-    """Return a number of counts for each cell, of one for all or one for each.
-
-    Raises
-    ------
-    ValueError
-        If there are more or fewer than cells, or a number is not above 0.
-    """
-    size = in_order(size, data, name)
-    values = np.asarray(size)
-    values = values.astype(np.float32) if values.dtype.kind in "fiu" else np.array(np.nan)
-    if values.shape not in ((), (data.n_cells,)) or not ((values > 0) & (values < np.inf)).all():
-        got = f"{values.shape}, the least {values.min(initial=np.inf)}" if values.ndim else f"{size!r:.40}"
-        msg = f"{name} is a number of counts above 0, or one for each of the {data.n_cells} cells, not {got}"
-        raise ValueError(msg)
-    return torch.as_tensor(np.broadcast_to(values, data.n_cells).copy())[:, None]
-
-
-def rate_answers(
-    fit: Fit,
-    data: Counts,
-    use: Callable[[Rates, Tensor, Tensor], Tensor],
-    columns: np.ndarray,
-    *,
-    library: Tensor | None,
-    batch: str | int | None,
-    n_draws: int,
-    site: str,
-    parallel: bool,
-    seed: int,
-) -> Iterator[Tensor]:
-    """Yield what `use` makes of the rates of each minibatch of cells, and of the mean counts asked for.
-
-    Parameters
-    ----------
-    fit, data, n_draws, parallel, seed
-        See :func:`~pyrosc.draws`.
-    use
-        Takes the rates, as the cells were measured; mu in the batch and at the library size asked for,
-        (draws, cells, columns); and the cells' places in the data. It runs with the fit's random numbers.
-    columns : ndarray of shape (columns,)
-        Places of the genes wanted; `use` is given some of them at a time.
-    library : Tensor of shape (cells, 1), optional
-        Library size of each cell, in counts; by default its own.
-    batch
-        Name of a batch, or ``"average"``; by default the cell's own.
-    site
-        Name of the site of counts.
-    """
-    codes = [None] if batch is None else [None, *batch_codes(fit, batch)]
-    present = torch.as_tensor(fit.schema.present, device=fit.device)
-
-    def read(cells: Cells, guided: list[Trace], modelled: list[list[Trace]]) -> Tensor:
-        runs = [[*zip(there, guided, strict=True)] for there in zip(*modelled, strict=True)]
-        counts = [_Counts.of([site_of(*run, site) for run in there]) for there in runs]
-        to = None if library is None else library.to(cells.x)[cells.index]
-        scales = [1 if to is None else to / torch.cat([_l(*run, cells) for run in there]) for there in runs]
-        own, *others = zip(counts, scales, strict=True)
-
-        def answer(some: Columns) -> Tensor:
-            there = [counts.mean(some) * scale for counts, scale in others or [own]]
-            return use(own[0].rates(some, present), torch.stack(there).mean(0), cells.index)
-
-        return torch.cat([answer(some) for some in parts_of(columns, n_draws * len(cells))], -1)
-
-    return answers(fit, data, n_draws, codes, read, parallel=parallel, seed=seed)
-
-
-def parts_of(columns: np.ndarray, n_rows: int) -> Iterator[Columns]:
-    """Yield some columns at a time, of which `n_rows` rows stay in the processor's cache."""
-    size = max(1, CACHED // n_rows)
-    for start in range(0, len(columns), size):
-        some = columns[start : start + size]
-        whole = slice(int(some[0]), int(some[-1]) + 1)
-        yield whole if np.array_equal(some, np.arange(whole.start, whole.stop)) else torch.from_numpy(some)
-
-
-def _l(modelled: Trace, guided: Trace, cells: Cells) -> Tensor:
-    """Return the library size, (draws, cells, 1): site "l", else the observed total."""
-    if "l" not in modelled.nodes:
-        return cells.library[None]
-    l = value_of(modelled, guided, "l")
-    return l if l.ndim == 3 else l[..., None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Counts:
-    """The site of counts in all runs of the model together.
-
-    Attributes
-    ----------
-    sites
-        Of each run.
-    parameters
-        Of each run: mu, theta and the log odds of dropout; None of a distribution without.
-    """
-
-    sites: Sequence[Site]
-    parameters: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
-
-    @classmethod
-    def of(cls, sites: Sequence[Site]) -> "_Counts":
-        """Return what there is in these."""
-        return cls(sites, [_parameters(innermost(site["fn"])) for site in sites])
-
-    def mean(self, columns: Columns) -> Float[Tensor, "draws cells n"]:
-        """Return the mean counts before dropout."""
-        return _cellwise(self.sites, [mean for mean, _, _ in self.parameters], columns)
-
-    def rates(self, columns: Columns, present: Bool[Tensor, "genes"]) -> Rates:
-        """Return the rates behind the counts of these genes."""
-        x = _cellwise(self.sites, [site["value"] for site in self.sites], columns)
-        _, thetas, gates = zip(*self.parameters, strict=True)
-        mean = self.mean(columns)
-        theta = None if thetas[0] is None else _cellwise(self.sites, thetas, columns)
-        hidden = (~present[columns]).to(x).expand_as(x)
-        if gates[0] is not None:
-            base = Poisson(mean) if theta is None else NegativeBinomial(mean, theta)
-            dropout = ZeroInflated(base, _cellwise(self.sites, gates, columns)).dropout_probability()
-            hidden = dropout.where(x == 0, 0.0).maximum(hidden)
-        return Rates(innermost(self.sites[0]["fn"]), x, mean, theta, hidden)
-
-
 def zero_inflated(counts: Any) -> ZeroInflated:
     """Return the distribution if it is zero-inflated.
 
@@ -268,32 +124,3 @@ def zero_inflated(counts: Any) -> ZeroInflated:
         msg = f'{type(counts).__name__} has no dropouts: fit a model with likelihood="zinb" or "zip"'
         raise TypeError(msg)
     return counts
-
-
-def _parameters(counts: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return mu, theta, which is None of a Poisson, and the log odds of dropout, None where there is none."""
-    if isinstance(counts, ZeroInflated):
-        mean, theta, _ = _parameters(counts.base)
-        return mean, theta, counts.gate_logits
-    if isinstance(counts, Poisson | dist.Poisson):
-        return counts.mean, None, None
-    if isinstance(counts, NegativeBinomial):
-        return counts.mean, counts.inverse_dispersion, None
-    if isinstance(counts, dist.GammaPoisson):
-        return counts.mean, counts.concentration, None
-    if isinstance(counts, dist.NegativeBinomial):
-        return counts.mean, counts.total_count, None
-    msg = (
-        f"the rates behind counts are known where these are Poisson or negative binomial, not of "
-        f'{type(counts).__name__}: fit a model with likelihood="nb", "zinb", "poisson" or "zip", or ask for '
-        'shares with impute(..., what="share")'
-    )
-    raise TypeError(msg)
-
-
-def _cellwise(sites: Sequence[Site], values: Sequence[Any], columns: Columns) -> Tensor:
-    """Return columns of what each site has of every entry, (draws, cells, columns)."""
-    shapes = [site["fn"].batch_shape + site["fn"].event_shape for site in sites]
-    whole = zip(values, shapes, sites, strict=True)
-    parts = [cells_second(value.expand(shape), site)[..., columns] for value, shape, site in whole]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

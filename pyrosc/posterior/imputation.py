@@ -17,7 +17,7 @@ from pyrosc.posterior.intervals import Summary
 
 _CHUNK = 2**20  # entries that are written to disk together
 
-Array = Any
+_Array = Any
 """A numpy array, or one of zarr."""
 
 
@@ -33,12 +33,24 @@ class Imputation:
         What the numbers are, and their unit.
     interval : float
     cell_names, gene_names : ndarray of str
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.impute(fit, adata, interval=0.8)
+    >>> imputed.mean.shape, imputed.unit
+    ((60, 30), "share of the cell's counts")
+    >>> bool((imputed.lower <= imputed.upper).all())
+    True
     """
 
-    mean: Array
-    sd: Array
-    lower: Array
-    upper: Array
+    mean: _Array
+    sd: _Array
+    lower: _Array
+    upper: _Array
     unit: str
     interval: float
     cell_names: np.ndarray
@@ -58,6 +70,16 @@ class Imputation:
         One less the entry's posterior variance over the gene's total variance over these cells, the mean
         posterior variance and the variance of posterior means. 0 where the entry is less sure than a random
         cell would be, and of a gene without any variance. Shape (cells, genes), float32.
+
+        Examples
+        --------
+        >>> import pyrosc
+        >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+        >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+        >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+        >>> information = pyrosc.impute(fit, adata).information
+        >>> information.shape, bool(information.min() >= 0), bool(information.max() <= 1)
+        ((60, 30), True, True)
         """
         variance = np.asarray(self.sd, np.float64) ** 2
         total = variance.mean(0) + np.asarray(self.mean).var(0, dtype=np.float64)
@@ -80,6 +102,16 @@ class Imputation:
         ------
         ValueError
             If a cell or gene was not imputed, names are not unique, or there is such a layer of other values.
+
+        Examples
+        --------
+        >>> import pyrosc
+        >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+        >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+        >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+        >>> pyrosc.impute(fit, adata).to_layer(adata, "imputed")
+        >>> adata.layers["imputed"].shape, adata.uns["pyrosc_imputed"]
+        ((60, 30), {'imputed': "posterior mean of share of the cell's counts"})
         """
         noted = dict(adata.uns.get(IMPUTED, {}))
         if name == "X" or (name in adata.layers and name not in noted):
@@ -117,7 +149,7 @@ def imputation(
     if store is not None:
         _make(Path(store))
         answers = _blocks(answers, _CHUNK // len(gene_names))
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, _Array] = {}
     done = 0
     try:
         with tqdm(total=len(cell_names), desc="impute", unit="cell", delay=2, disable=not progress) as bar:
@@ -161,7 +193,7 @@ def _make(folder: Path) -> None:
         raise FileExistsError(msg) from error
 
 
-def _arrays(store: str | Path | None, shape: tuple[int, int], n_rows: int, dtype: str) -> dict[str, Array]:
+def _arrays(store: str | Path | None, shape: tuple[int, int], n_rows: int, dtype: str) -> dict[str, _Array]:
     """Return room for each part of the answer; on disk in chunks of as many cells as come at a time."""
     parts = ("mean", "sd", "lower", "upper")
     if store is None:

@@ -1,4 +1,4 @@
-"""Imputation: what cells express, as a Fit has it, and how sure that is."""
+"""impute: what cells express, as a fit has it, and how sure that is."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
 from pyrosc.inference.fit import Fit
-from pyrosc.posterior.checks import batch_codes, check_draws, check_proteins, columns_of, is_between
-from pyrosc.posterior.gamma_poisson import Rates, Size, parts_of, rate_answers, sizes_of
+from pyrosc.posterior.checks import batch_codes, check_draws, check_interval, columns_of
+from pyrosc.posterior.gamma_poisson import Rates
 from pyrosc.posterior.imputation import Imputation, imputation
 from pyrosc.posterior.intervals import (
     Summary,
@@ -24,7 +25,8 @@ from pyrosc.posterior.intervals import (
     of_repaired,
 )
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import stream
+from pyrosc.posterior.rates_given_counts import Size, map_rates, parts_of, sizes_of
+from pyrosc.posterior.sampling import Run, check_guided, library_of, map_runs, values_of
 
 
 def impute(
@@ -56,11 +58,11 @@ def impute(
         What the decoder has: ``"share"``, rho, each gene's share of the cell's counts, rows sum to 1; or
         ``"count"``, the mean count at a library size, l rho (of a zero-inflated model: before dropout).
 
-        What this very cell expresses, the decoder's opinion and the cell's own counts combined (see
-        `gamma_poisson`): ``"rate"``, the mean w of the cell's own count, in counts; ``"log1p"``, the
-        mean of log(1 + w), natural logarithm, by default at a library size of 10^4; or ``"predictive"``, the
-        count x' ~ Poisson(w) of a new measurement of the cell (before dropout), with an interval of whole
-        counts.
+        What this very cell expresses, the decoder's opinion and the cell's own counts combined by conjugacy
+        (`pyrosc.posterior.gamma_poisson`): ``"rate"``, the mean w of the cell's own count, in counts;
+        ``"log1p"``, the mean of log(1 + w), natural logarithm, by default at a library size of 10^4; or
+        ``"predictive"``, the count x' ~ Poisson(w) of a new measurement of the cell (before dropout), with an
+        interval of whole counts.
 
         Of a zero-inflated likelihood: ``"repaired"``, the count before dropout. A positive count is as
         observed, a zero becomes P(dropout given the zero) times the mean count.
@@ -125,13 +127,23 @@ def impute(
     opinion alone. Imputed values are no counts: put no test to them, but to the fit.
 
     Posterior means invent correlations between genes: what two genes share through the cell's state stays,
-    and the noise in which they differ is gone. Between independent genes of simulated cells of one type
-    shares are correlated by 0.26 in the mean; rates by 0.63, and by 0.04 once they are logs per 10^4, as
-    counts are by 0.14 and 0.02 (a cell's total is in both). Take none from them: repeat the analysis on each
-    data set of :func:`~pyrosc.multiple_imputation`.
+    and the noise in which they differ is gone; rates of a cell moreover rise and fall with its total. Take no
+    correlations from them: repeat the analysis on each data set of :func:`~pyrosc.multiple_imputation`.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.impute(fit, adata)
+    >>> imputed.mean.shape, bool(abs(imputed.mean.sum(1) - 1).max() < 1e-4)
+    ((60, 30), True)
+    >>> pyrosc.impute(fit, adata, "count", library=1e4, genes=["gene_3"]).unit
+    'counts at library size 10000'
     """
     _check_question(what, library, depth, batch, threshold)
-    _check_interval(interval)
+    check_interval(interval)
     _check_dtype(dtype, what)
     check_draws(n_draws)
     columns = columns_of(fit, data, genes)
@@ -147,60 +159,11 @@ def impute(
             new = sizes_of(depth, data, "depth")
             size, scale = new, size / new
         use = _summary(what, scale, threshold, interval)
-        answers = rate_answers(fit, data, use, columns, library=size, site=site or "x", **asking)
+        answers = map_rates(fit, data, use, columns, library=size, site=site or "x", **asking)
     unit, names = _unit(what, library, depth, threshold), np.array(fit.schema.genes)[columns]
     return imputation(
         answers, unit, interval, data.cell_names, names, dtype=dtype, store=store, progress=progress
     )
-
-
-def impute_proteins(
-    fit: Fit,
-    data: Counts | anndata.AnnData,
-    *,
-    batch: str | int | None = None,
-    n_draws: int = 50,
-    interval: float = 0.9,
-    site: str = "protein_mean",
-    parallel: bool = True,
-    seed: int = 0,
-) -> Imputation:
-    """Return the posterior mean, sd and interval of each cell's proteins, without the background.
-
-    Parameters
-    ----------
-    fit
-        Of :class:`~pyrosc.TOTALVI`.
-    data, n_draws, parallel, seed
-        See :func:`~pyrosc.draws`. A protein that was not measured is told from the genes.
-    batch
-        Name of a batch: foreground as if measured there, over the cell's own background. ``"average"``: the
-        mean over all batches. By default the cell's own.
-    interval
-        See :func:`impute`.
-    site
-        Name of the site of the proteins' means.
-
-    Returns
-    -------
-    Imputation
-        In counts; `gene_names` are names of proteins.
-
-    Raises
-    ------
-    KeyError
-        If the model has no such site.
-    ValueError
-        If the batch is unknown, or a number is out of range.
-    """
-    _check_interval(interval)
-    check_draws(n_draws)
-    data = asked(fit, data)
-    check_proteins(fit)
-    streamed = stream(fit, data, (site,), n_draws, batch_codes(fit, batch), parallel=parallel, seed=seed)
-    values = (of_draws(drawn[site].mean(0), interval) for _, drawn in streamed)
-    names = np.array(fit.schema.proteins)
-    return imputation(values, "counts of proteins without background", interval, data.cell_names, names)
 
 
 def _decoded(
@@ -217,15 +180,15 @@ def _decoded(
     seed: int,
 ) -> Iterator[Summary]:
     """Summarise l rho, some cells at a time; l is the library size asked for, else each cell's own."""
-    codes, own = batch_codes(fit, batch), library is None
-    streamed = stream(fit, data, (site,), n_draws, codes, parallel=parallel, seed=seed, library=own)
-    for cells, drawn in streamed:
-        l = cells.library if library is None else library.to(cells.x)[cells.index]
-        if "l" in drawn:
-            l = drawn["l"].mean(0)
-            l = l if l.ndim == 3 else l[..., None]  # (draws, cells), or has one more
+
+    def summary(cells: Cells, runs: list[Run]) -> Summary:
+        check_guided(runs)
+        rho = values_of(runs, site)
+        l = library_of(runs, cells).mean(0) if library is None else library.to(cells.x)[cells.index]
         parts = parts_of(columns, n_draws * len(cells))
-        yield torch.cat([of_draws(drawn[site][..., some].mean(0) * l, interval) for some in parts], -1)
+        return torch.cat([of_draws(rho[..., some].mean(0) * l, interval) for some in parts], -1)
+
+    return map_runs(fit, data, summary, n_draws, batch_codes(fit, batch), parallel=parallel, seed=seed)
 
 
 def _summary(
@@ -300,10 +263,4 @@ def _check_dtype(dtype: str, what: str) -> None:
         raise ValueError(msg)
     if dtype == "float16" and what == "share":
         msg = 'shares are too small for float16: ask for what="count", library=1e4, or for dtype="float32"'
-        raise ValueError(msg)
-
-
-def _check_interval(interval: float) -> None:
-    if not is_between(interval, 0, 1):
-        msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)

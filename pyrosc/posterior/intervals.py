@@ -13,7 +13,7 @@ from pyrosc.posterior.gamma_poisson import Rates, zero_inflated
 Summary = Float[Tensor, "4 cells genes"]
 """Mean, sd, lower and upper."""
 
-FEW = 6
+_FEW = 6
 """Counts below this one are summed over, not drawn."""
 
 
@@ -28,19 +28,19 @@ def of_draws(drawn: Float[Tensor, "draws cells genes"], interval: float) -> Summ
         Probability of the interval.
     """
     mean = drawn.mean(0)
-    return torch.stack((mean, variance(drawn, mean).sqrt_(), *quantiles(drawn, interval)))
+    return torch.stack((mean, _variance(drawn, mean).sqrt_(), *_quantiles(drawn, interval)))
 
 
 def of_rates(rates: Rates, mean: Tensor, interval: float) -> Summary:
     """Summarise w = mean u, u the factor of this very cell."""
     center, spread = _moments(rates, mean)
-    return torch.stack((center, spread.sqrt_(), *quantiles(mean * rates.draw_factor(), interval)))
+    return torch.stack((center, spread.sqrt_(), *_quantiles(mean * rates.draw_factor(), interval)))
 
 
 def of_new_counts(rates: Rates, mean: Tensor, interval: float) -> Summary:
     """Summarise x' ~ Poisson(w), whose variance is E w + Var w."""
     center, spread = _moments(rates, mean)
-    ends = _whole(quantiles(new_counts(mean * rates.draw_factor()), interval))
+    ends = _whole(_quantiles(new_counts(mean * rates.draw_factor()), interval))
     return torch.stack((center, spread.add_(center).sqrt_(), *ends))
 
 
@@ -59,21 +59,21 @@ def of_logs_of_new_counts(rates: Rates, mean: Tensor, scale: Tensor, interval: f
     scale : Tensor of shape (cells, 1)
         Of a new count.
     """
-    chances = [p.mean(0) for p in rates.chances(mean, FEW)]
+    chances = [p.mean(0) for p in rates.chances(mean, _FEW)]
     new = new_counts(mean * rates.draw_factor())
-    logs, many = torch.log1p(scale * new), new >= FEW
+    logs, many = torch.log1p(scale * new), new >= _FEW
     n_many = many.sum(0)
 
     def expected(f: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the mean of f: each small count by its chance, those above by their mean among the draws."""
         of_many = torch.where(many, f(logs), 0.0).sum(0) / n_many.clamp_min(1)
-        of_many = torch.where(n_many > 0, of_many, f(torch.log1p(scale * FEW)))
+        of_many = torch.where(n_many > 0, of_many, f(torch.log1p(scale * _FEW)))
         of_few = sum(p * f(torch.log1p(scale * k)) for k, p in enumerate(chances))
         return of_few + (1 - torch.stack(chances).sum(0)).clamp_min_(0) * of_many
 
     center = expected(lambda log: log)
     spread = expected(lambda log: (log - center) ** 2)
-    ends = (torch.log1p(scale * end) for end in _whole(quantiles(new, interval)))
+    ends = (torch.log1p(scale * end) for end in _whole(_quantiles(new, interval)))
     return torch.stack((center, spread.sqrt_(), *ends))
 
 
@@ -84,8 +84,8 @@ def of_repaired(rates: Rates, threshold: float | None, interval: float) -> Summa
         dropped = rates.hidden.mean(0) > threshold
         rates = replace(rates, hidden=dropped.float().expand_as(rates.hidden))
     drawn = rates.draw_count()
-    spread = variance(drawn, drawn.mean(0))
-    ends = _whole(quantiles(drawn, interval))
+    spread = _variance(drawn, drawn.mean(0))
+    ends = _whole(_quantiles(drawn, interval))
     return torch.stack((rates.expected_count().mean(0), spread.sqrt_(), *ends))
 
 
@@ -94,15 +94,15 @@ def _moments(rates: Rates, mean: Tensor) -> tuple[Tensor, Tensor]:
     expected = mean * rates.expected_factor()
     center = expected.mean(0)
     spread = (mean.square() * rates.variance_of_factor()).mean(0)
-    return center, spread.add_(variance(expected, center))
+    return center, spread.add_(_variance(expected, center))
 
 
-def variance(values: Float[Tensor, "draws cells genes"], mean: Tensor) -> Tensor:
+def _variance(values: Float[Tensor, "draws cells genes"], mean: Tensor) -> Tensor:
     """Return the variance over draws: torch.var takes ten times as long over a leading axis."""
     return sum((value - mean).square_() for value in values).div_(len(values))
 
 
-def quantiles(values: Float[Tensor, "draws cells genes"], interval: float) -> tuple[Tensor, Tensor]:
+def _quantiles(values: Float[Tensor, "draws cells genes"], interval: float) -> tuple[Tensor, Tensor]:
     """Return the ends of a central interval of this probability over draws."""
     tail = (1 - interval) / 2
     return _low_quantile(values, tail), -_low_quantile(-values, tail)

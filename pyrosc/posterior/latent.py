@@ -1,4 +1,4 @@
-"""posterior.latent."""
+"""latent: the state of each cell."""
 
 import anndata
 import numpy as np
@@ -8,10 +8,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.draws import draws
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import cells_second, rows_of, run, seed_of, sites_of
+from pyrosc.posterior.sampling import Run, cells_second, map_runs, sites_of
+
+_N_DRAWS = 16
+"""Draws of what the site depends on, over which its mean is averaged."""
 
 
 def latent(
@@ -38,17 +42,27 @@ def latent(
     -------
     ndarray of shape (cells, latent), or (draws, cells, latent)
         float32.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> pyrosc.latent(fit, adata).shape
+    (60, 2)
+    >>> pyrosc.latent(fit, adata, n_draws=5).shape
+    (5, 60, 2)
     """
     if n_draws is not None:
-        stream = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
-        return np.concatenate([drawn[site].cpu().numpy() for drawn in stream], axis=1)
-    data = asked(fit, data)
-    means = []
-    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, 1))):
-        with fit.asking(seed_of(seed, i)):
-            guided, _ = run(fit, cells, 16, [], parallel=parallel)
-            means.append(torch.stack([_mean(trace, site) for trace in guided]).mean(0).mean(0))
-    return torch.cat(means).cpu().numpy()
+        drawn = draws(fit, data, site, n_draws=n_draws, parallel=parallel, seed=seed)
+        return np.concatenate([some[site].cpu().numpy() for some in drawn], axis=1)
+
+    def mean(_: Cells, runs: list[Run]) -> Tensor:
+        return torch.stack([_mean(run.guide, site) for run in runs]).mean(0).mean(0)
+
+    means = map_runs(fit, asked(fit, data), mean, _N_DRAWS, codes=(), parallel=parallel, seed=seed)
+    return torch.cat([*means]).cpu().numpy()
 
 
 def _mean(trace: poutine.Trace, name: str) -> Tensor:

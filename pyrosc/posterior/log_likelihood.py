@@ -17,7 +17,7 @@ from pyrosc.data.minibatch import Cells
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import check_draws
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import rows_of, run, seed_of
+from pyrosc.posterior.sampling import Run, map_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,13 @@ class LogLikelihood:
         Effective sample size of the importance weights, 1 to `n_draws`: a cell with an ess near 1 is
         described badly by the guide, and its estimate is too low.
     n_draws : int
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pyrosc
+    >>> pyrosc.LogLikelihood(nats=np.array([-100.0, -90.0]), ess=np.array([5.0, 3.0]), n_draws=10)
+    LogLikelihood(-95.00 nats per cell, 2 cells, 10 draws, median ess 4.0)
     """
 
     nats: np.ndarray
@@ -80,22 +87,29 @@ def log_likelihood(
     References
     ----------
     Burda, Grosse and Salakhutdinov, Importance weighted autoencoders, 2016.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> answer = pyrosc.log_likelihood(fit, adata, n_draws=10)
+    >>> answer.nats.shape, bool(answer.ess.max() <= 10)
+    ((60,), True)
     """
-    data = asked(fit, data)
     check_draws(n_draws)
-    nats, ess = [], []
-    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
-        with fit.asking(seed_of(seed, i)):
-            guided, modelled = run(fit, cells, n_draws, [None], parallel=parallel)
-            log_w = torch.cat(
-                [
-                    _log_density(p[0], cells, q) - _log_density(q, cells, q)
-                    for p, q in zip(modelled, guided, strict=True)
-                ]
-            ).double()
-            nats.append(log_w.logsumexp(0) - np.log(n_draws))
-            ess.append((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
-    return LogLikelihood(torch.cat(nats).float().cpu().numpy(), torch.cat(ess).float().cpu().numpy(), n_draws)
+
+    def estimate(cells: Cells, runs: list[Run]) -> Tensor:
+        weights = [_log_density(p, cells, q) - _log_density(q, cells, q) for q, (p,) in runs]
+        log_w = torch.cat(weights).double()
+        nats = log_w.logsumexp(0) - np.log(n_draws)
+        ess = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+        return torch.stack((nats, ess))
+
+    estimates = map_runs(fit, asked(fit, data), estimate, n_draws, parallel=parallel, seed=seed)
+    nats, ess = torch.cat([*estimates], 1).float().cpu().numpy()
+    return LogLikelihood(nats, ess, n_draws)
 
 
 def elbo(
@@ -122,15 +136,24 @@ def elbo(
         ``kl_<site>``, log q less log p at the draws. Where the prior of a site is a mixture, its KL is split
         into ``kl_y``, of the component given the draw, and ``kl_<site>``, of the site given the component.
         Sites outside the plate of cells, and terms that are no density, are left out.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> list(pyrosc.elbo(fit, adata).columns)
+    ['elbo', 'reconstruction', 'kl_z', 'kl_l']
     """
     data = asked(fit, data)
     check_draws(n_draws)
-    tables = []
-    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
-        with fit.asking(seed_of(seed, i)):
-            runs = zip(*run(fit, cells, n_draws, [None], parallel=parallel), strict=True)
-            parts = [_parts(p[0], q, cells) for q, p in runs]
-            tables.append({name: torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]})
+
+    def mean_parts(cells: Cells, runs: list[Run]) -> dict[str, Tensor]:
+        parts = [_parts(p, q, cells) for q, (p,) in runs]
+        return {name: torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
+
+    tables = [*map_runs(fit, data, mean_parts, n_draws, parallel=parallel, seed=seed)]
     table = pd.DataFrame(
         {name: torch.cat([t[name] for t in tables]).double().cpu().numpy() for name in tables[0]},
         data.cell_names,

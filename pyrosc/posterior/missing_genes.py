@@ -1,4 +1,4 @@
-"""posterior.missing_genes."""
+"""Genes that the data of a query lack: their counts are filled in before a question is asked."""
 
 from dataclasses import replace
 
@@ -7,17 +7,18 @@ import scipy.sparse as sp
 import torch
 
 from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import counts_of
-from pyrosc.posterior.sampling import innermost, rows_of, run, seed_of
+from pyrosc.posterior.sampling import innermost, map_minibatches, run
 
 
 def asked(fit: Fit, data: Counts | anndata.AnnData) -> Counts:
     """Return the data as the fit knows it; raise if it has parameters only of the cells it was fitted to."""
     counts = counts_of(fit, data)
-    if fit.settings.get("parameters_of_each_cell") and counts.n_cells != fit.settings["n_train"]:
+    if fit.found.parameters_of_each_cell and counts.n_cells != fit.found.n_train:
         msg = (
-            f"the fit has parameters of each of its {fit.settings['n_train']} cells and can't be asked about "
+            f"the fit has parameters of each of its {fit.found.n_train} cells and can't be asked about "
             f"{counts.n_cells}: ask about all, in the order of the fit, and choose from the answer"
         )
         raise ValueError(msg)
@@ -46,17 +47,17 @@ def completed(fit: Fit, data: Counts, rounds: int = 5, n_draws: int = 8) -> Coun
     models, 2014.
     """
     present = torch.as_tensor(fit.schema.present, device=fit.device)
-    parts = []
-    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
-        with fit.asking(seed_of(0, i)):
-            counted = torch.where(present, cells.x, 0.0)
-            for _ in range(rounds):
-                _, modelled = run(fit, cells, n_draws, [None], parallel=True)
-                mean = innermost(modelled[0][0].nodes["x"]["fn"]).mean.mean(0)
-                # At the depth at which the genes that were counted have their total.
-                depth = counted.sum(-1, keepdim=True) / mean[..., present].sum(-1, keepdim=True)
-                cells = replace(cells, x=torch.where(present, counted, depth * mean))
-        parts.append(sp.csr_array(cells.x.cpu().numpy()))
-    x = sp.csr_array(sp.vstack(parts))
+
+    def complete(cells: Cells) -> sp.csr_array:
+        counted = torch.where(present, cells.x, 0.0)
+        for _ in range(rounds):
+            ((_, (model,)),) = run(fit, cells, n_draws, parallel=True)
+            mean = innermost(model.nodes["x"]["fn"]).mean.mean(0)
+            # At the depth at which the genes that were counted have their total.
+            depth = counted.sum(-1, keepdim=True) / mean[..., present].sum(-1, keepdim=True)
+            cells = replace(cells, x=torch.where(present, counted, depth * mean))
+        return sp.csr_array(cells.x.cpu().numpy())
+
+    x = sp.csr_array(sp.vstack([*map_minibatches(fit, data, complete, n_draws, seed=0)]))
     x.sort_indices()
     return replace(data, x=x)

@@ -6,8 +6,8 @@ import numpy as np
 from pyrosc.data.read import IMPUTED
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import check_draws, columns_of
-from pyrosc.posterior.gamma_poisson import Size, rate_answers, sizes_of
 from pyrosc.posterior.missing_genes import asked
+from pyrosc.posterior.rates_given_counts import Size, map_rates, sizes_of
 
 
 def multiple_imputation(
@@ -60,6 +60,18 @@ def multiple_imputation(
     References
     ----------
     Rubin, Multiple imputation for nonresponse in surveys, 1987.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> imputed = pyrosc.multiple_imputation(fit, adata, 3)
+    >>> [part.shape for part in imputed]
+    [(60, 30), (60, 30), (60, 30)]
+    >>> imputed[0].uns["pyrosc_imputed"]
+    {'X': "posterior draw 1 of 3 of the rates of the cells' own counts"}
     """
     if not isinstance(data, anndata.AnnData):
         msg = f"data must be an AnnData, of which copies are made, not {type(data).__name__}"
@@ -68,7 +80,7 @@ def multiple_imputation(
     places = columns_of(fit, data, None)
     counts = asked(fit, data)
     x, done = np.empty((m, counts.n_cells, len(places)), np.float32), 0
-    for w in rate_answers(
+    for w in map_rates(
         fit,
         counts,
         lambda rates, mean, _: mean * rates.draw_factor(),

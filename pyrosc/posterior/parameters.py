@@ -1,4 +1,4 @@
-"""posterior.parameters."""
+"""What a fit says of genes, without cells: loadings, zero_inflation."""
 
 import pandas as pd
 from torch import Tensor
@@ -22,6 +22,16 @@ def loadings(fit: Fit) -> pd.DataFrame:
     ------
     TypeError
         If the program has none.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.LDVAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> table = pyrosc.loadings(fit)
+    >>> table.shape, list(table.columns)
+    ((30, 2), ['z0', 'z1'])
     """
     table = _property(fit, "loadings", "an LDVAE").cpu().numpy()
     return pd.DataFrame(table, list(fit.schema.genes), [f"z{i}" for i in range(table.shape[1])])
@@ -39,6 +49,16 @@ def zero_inflation(fit: Fit) -> pd.Series:
     ------
     TypeError
         If the program has none.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.AutoZI.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> probability = pyrosc.zero_inflation(fit)
+    >>> probability.shape, bool(probability.between(0, 1).all())
+    ((30,), True)
     """
     probability = _property(fit, "zero_inflation", "an AutoZI").cpu().numpy()
     return pd.Series(probability, list(fit.schema.genes), name="zero_inflation")

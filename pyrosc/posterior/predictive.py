@@ -1,22 +1,22 @@
-"""Questions about cells put to a Fit: latent, posterior_predictive, dropout_probability.
-
-Site names are known here, models are not. Each summarises the stream of :func:`pyrosc.draws`.
-"""
+"""New counts of the same cells (posterior_predictive), and which zeros are dropouts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import anndata
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
 from pyrosc.data.counts import Counts
+from pyrosc.data.minibatch import Cells
 from pyrosc.inference.fit import Fit
 from pyrosc.posterior.checks import check_draws, columns_of
 from pyrosc.posterior.draws import draws
 from pyrosc.posterior.gamma_poisson import zero_inflated
 from pyrosc.posterior.missing_genes import asked
-from pyrosc.posterior.sampling import innermost, rows_of, run, seed_of
+from pyrosc.posterior.sampling import Run, cells_second, check_guided, innermost, map_runs, site_of
 
 
 def posterior_predictive(
@@ -43,6 +43,16 @@ def posterior_predictive(
     list of csr_matrix of shape (cells, genes)
         One for each draw, float32. Columns are the fit's genes in the order of `data`, so that of an AnnData
         with just these genes each can become a layer. A site that is not of the genes stays as it is.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> vae = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, adata, epochs=2, progress=False)
+    >>> [new] = pyrosc.posterior_predictive(fit, adata)
+    >>> new.shape, new.format
+    ((60, 30), 'csr')
     """
     check_draws(n_draws)
     parts: list[list[sp.csr_matrix]] = [[] for _ in range(n_draws)]
@@ -64,10 +74,13 @@ def dropout_probability(
     parallel: bool = True,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return the posterior probability that each zero is a dropout: that the count was not zero by itself.
+    """Return the posterior probability that each observed zero is a dropout.
 
-    By Bayes' rule pi / (pi + (1 - pi) p0) for a zero, p0 the probability of a zero that is none, averaged
-    over draws of the cell's state. A positive count is no dropout: 0.
+    Under a zero-inflated likelihood a count is 0 with probability pi, whatever the cell expresses: a dropout.
+    Otherwise it is drawn from the negative binomial or Poisson, which may give 0 as well, with probability
+    p0. Which of the two a zero came from is told by Bayes' rule: given the cell's state it is a dropout with
+    probability pi / (pi + (1 - pi) p0), which is averaged over posterior draws of the state. A positive
+    count is no dropout: 0.
 
     Parameters
     ----------
@@ -89,17 +102,31 @@ def dropout_probability(
     ------
     TypeError
         If the likelihood has no zero inflation.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> adata = pyrosc.datasets.simulate(60, 30, seed=0)
+    >>> model = pyrosc.VAE.for_data(adata, n_latent=2, hidden=(8,), likelihood="zinb")
+    >>> fit = pyrosc.fit_svi(model, adata, epochs=2, progress=False)
+    >>> probability = pyrosc.dropout_probability(fit, adata)
+    >>> probability.shape, float(probability[adata.X.toarray() > 0].max())
+    ((60, 30), 0.0)
     """
     check_draws(n_draws)
-    places = columns_of(fit, data, genes)
-    data, columns = asked(fit, data), torch.as_tensor(places, device=fit.device)
+    columns = torch.as_tensor(columns_of(fit, data, genes), device=fit.device)
     present = torch.as_tensor(fit.schema.present, device=fit.device)
-    parts = []
-    for i, cells in enumerate(data.on(fit.device).minibatches(rows_of(fit, n_draws))):
-        with fit.asking(seed_of(seed, i)):
-            _, modelled = run(fit, cells, n_draws, [None], parallel=parallel)
-            counts = [zero_inflated(innermost(trace[0].nodes[site]["fn"])) for trace in modelled]
-            mean = torch.stack([x.dropout_probability().mean(0) for x in counts]).mean(0)
-        zero = torch.where(cells.x == 0, mean, 0.0).where(present, torch.nan)
-        parts.append(zero[:, columns].cpu().numpy())
-    return np.concatenate(parts)
+
+    def probability(cells: Cells, runs: list[Run]) -> np.ndarray:
+        check_guided(runs)
+        sites = [site_of(model, guide, site) for guide, (model,) in runs]
+        mean = torch.stack([_of_a_zero(there).mean(0) for there in sites]).mean(0)
+        return torch.where(cells.x == 0, mean, 0.0).where(present, torch.nan)[:, columns].cpu().numpy()
+
+    parts = map_runs(fit, asked(fit, data), probability, n_draws, parallel=parallel, seed=seed)
+    return np.concatenate([*parts])
+
+
+def _of_a_zero(site: Any) -> Tensor:
+    """Return the probability that a zero is a dropout, (draws, cells, genes)."""
+    return cells_second(zero_inflated(innermost(site["fn"])).dropout_probability(), site)

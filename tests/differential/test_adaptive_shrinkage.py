@@ -1,91 +1,19 @@
+"""The prior that genes share, and posteriors under it."""
+
 import numpy as np
 import pytest
 import torch
-from arms import arms_of, negative_binomial
+from arms import arms_of, arms_of_donors, donors, negative_binomial, normal_curves
 from scipy import stats
 
 from pyrosc.differential import adaptive_shrinkage as shrinkage
 from pyrosc.differential.adaptive_shrinkage import Posterior, shrink
-from pyrosc.differential.group_sums import Arm
-from pyrosc.differential.quasi_likelihood import LFC, likelihood
-
-
-def normal_curves(r, se):
-    return np.exp(-0.5 * ((LFC - r[:, None]) / np.asarray(se)[:, None]) ** 2)
-
-
-def one_gene(x, l, other):
-    """Sums of an arm of two cells alike, of which gene 0 has x counts in all."""
-    x, l, other = (np.array(v, float).reshape(-1, 1) for v in (x, l, other))
-    n = np.full(len(x), 2.0)
-    return Arm(n, n[:, None], l[:, 0], l[:, 0] ** 2 / 2, x, x**2 / 2, x * l / 2)
+from pyrosc.differential.quasi_likelihood import LFC, quasi_likelihood
 
 
 def covered(posterior, truth, interval=0.9):
     low, high = (posterior.quantile(q) for q in ((1 - interval) / 2, (1 + interval) / 2))
     return (low <= truth) & (truth <= high)
-
-
-# --- likelihood
-
-
-def test_likelihood_of_poisson_counts_is_binomial():
-    # Cells of equal counts have no dispersion beyond Poisson's.
-    a, b = one_gene([12], [300], [0]), one_gene([30], [500], [0])
-    p = 300 * 2**LFC / (300 * 2**LFC + 500)
-    exact = stats.binom.pmf(12, 42, p)
-    np.testing.assert_allclose(likelihood(a, b)[0], exact / exact.max(), atol=2e-3)
-
-
-def test_batches_multiply_their_likelihoods():
-    a, b = one_gene([12, 3], [300, 100], [0, 0]), one_gene([30, 1], [500, 80], [0, 0])
-    product = np.prod([likelihood(a[np.array([i])], b[np.array([i])])[0] for i in range(2)], axis=0)
-    np.testing.assert_allclose(likelihood(a, b)[0], product / product.max(), atol=2e-3)
-
-
-def test_a_batch_of_one_side_says_nothing():
-    a, b = one_gene([12, 50], [300, 100], [0, 0]), one_gene([30, 0], [500, 0], [0, 0])
-    b = Arm(**(vars(b) | {"cells": np.array([2.0, 0.0])}))
-    first = np.array([0])
-    np.testing.assert_allclose(likelihood(a, b), likelihood(a[first], b[first]), atol=1e-12)
-
-
-def test_a_gene_without_counts_says_nothing():
-    np.testing.assert_array_equal(likelihood(one_gene([0], [300], [0]), one_gene([0], [500], [0])), 1.0)
-
-
-def test_a_gene_seen_on_one_side_only_bounds_the_fold_change_from_one_side():
-    curve = likelihood(one_gene([20], [300], [0]), one_gene([0], [300], [0]))[0]
-    assert (np.diff(curve) >= -1e-12).all()
-    assert curve[LFC < 1].max() < 1e-3
-    assert curve[LFC > 7].min() > 0.8
-
-
-def test_likelihood_has_the_width_of_the_sampling_error():
-    """Over simulated data sets, the curve's peak spreads as its own width says."""
-    rng = np.random.default_rng(5)
-    n, genes = 300, 2000
-    mean = np.full((n, genes), 5.0) * rng.lognormal(0, 0.3, (n, 1))
-    group = (np.arange(n) < 60).astype(int)
-    mean[group == 1, : genes // 2] *= 2  # more variance where more is expressed
-    curves = likelihood(*arms_of(negative_binomial(rng, mean, 2.0), group))
-    weights = curves / curves.sum(1, keepdims=True)
-    at = weights @ LFC
-    width = np.sqrt((weights * (LFC - at[:, None]) ** 2).sum(1))
-    for half in (slice(0, genes // 2), slice(genes // 2, None)):
-        np.testing.assert_allclose(at[half].std(), width[half].mean(), rtol=0.07)
-
-
-def test_an_arm_of_single_cells_borrows_the_dispersion_of_the_other():
-    rng = np.random.default_rng(6)
-    x = negative_binomial(rng, np.full((101, 50), 20.0), 1.0)
-    curves = likelihood(*arms_of(x, (np.arange(101) == 0).astype(int)))
-    width = np.array([np.ptp(LFC[c > 0.6]) / 2 for c in curves])
-    # One cell's log2 count varies by about sqrt(1 / 20 + 1) / ln 2 = 1.5; Poisson's error would be .32.
-    assert np.median(width) > 0.8
-
-
-# --- shrink, Posterior
 
 
 def test_posterior_under_a_known_prior_is_the_conjugate_one():
@@ -209,13 +137,6 @@ def test_what_most_genes_have_in_common_is_subtracted(shift):
     assert (posterior.above(0.25)[360:] > 0.9).mean() > 0.9
 
 
-def test_curves_beyond_a_fold_change_are_those_of_the_rest():
-    curves = normal_curves(np.array([0.3, 9.0]), np.array([0.2, 0.4]))
-    moved = shrinkage.beyond(curves, 0.75)
-    np.testing.assert_allclose(moved[0], normal_curves(np.array([-0.45]), np.array([0.2]))[0], atol=1e-12)
-    np.testing.assert_array_equal(moved[:, -31:], np.repeat(curves[:, -1:], 31, 1))
-
-
 def test_few_genes_are_not_shrunk_onto_themselves():
     posterior = shrink(normal_curves(np.array([0.2]), np.array([0.1])))
     assert 0.1 < posterior.mean[0] < 0.18
@@ -241,7 +162,7 @@ def test_a_small_group_of_sparse_cells_has_no_calls_where_nothing_differs(depth)
         base = (rng.gamma(0.6, 1.5, 300) + 0.3) * depth
         x = negative_binomial(rng, base * rng.lognormal(0, 0.3, (1500, 1)))
         x = x[x.sum(1) > 0]
-        posterior = shrink(likelihood(*arms_of(x, (np.arange(len(x)) < 30).astype(int))))
+        posterior = shrink(quasi_likelihood(*arms_of(x, (np.arange(len(x)) < 30).astype(int))))
         calls += (np.maximum(posterior.above(0.25), posterior.below(-0.25)) > 0.95).sum()
         assert np.abs(np.median(posterior.mean)) < 0.1
     assert calls <= 1  # of 1500 genes
@@ -251,3 +172,13 @@ def test_a_common_fold_change_out_of_reach_is_warned_of():
     curves = np.exp(-0.5 * ((LFC - 7) / 0.1) ** 2) * np.ones((30, 1))
     with pytest.warns(UserWarning, match=r"not within \+-5"):
         shrink(curves)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_intervals_cover_what_donors_make_of_fold_changes(paired):
+    covered = []
+    for seed in range(6):
+        x, side, donor, lfc = donors(seed, 10, 0.3, paired=paired, mean=3.0, lfc_sd=0.6)
+        posterior = shrink(quasi_likelihood(*arms_of_donors(x, side, donor)))
+        covered.append(((posterior.quantile(0.05) <= lfc) & (lfc <= posterior.quantile(0.95))).mean())
+    assert 0.865 < np.mean(covered) < 0.935  # 90%, and three standard errors

@@ -16,20 +16,6 @@ from pyrosc.differential import null_calibration as calibration
 from pyrosc.differential.null_calibration import NullCalibration
 
 
-class Nothing:
-    """A program that says nothing of the counts: the means' question asks none."""
-
-    def model(self, cells):
-        with pyro.plate("cells", cells.n_total, subsample=cells.index):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Poisson(cells.x + 1.0).to_event(1), obs=cells.x)
-
-    def guide(self, cells):
-        loc = pyro.param("loc", lambda: cells.x.new_zeros(()))
-        with pyro.plate("cells", cells.n_total, subsample=cells.index):
-            pyro.sample("z", dist.Normal(loc, 1.0))
-
-
 def simulated(seed=0, n=240, genes=60, lfc=0.0, n_donors=6):
     """Two conditions in two batches; with donors of one condition each, and samples of both."""
     rng = np.random.default_rng(seed)
@@ -49,10 +35,8 @@ def simulated(seed=0, n=240, genes=60, lfc=0.0, n_donors=6):
     return ad.AnnData(sp.csr_matrix(x), obs=obs)
 
 
-@pytest.fixture(scope="module")
-def fit():
-    data = from_anndata(simulated(), batch_key="batch")
-    return fit_svi(Nothing(), data, epochs=1, progress=False)
+def read(adata):
+    return from_anndata(adata, batch_key="batch")
 
 
 @pytest.fixture
@@ -72,19 +56,19 @@ def asked(monkeypatch):
 QUESTION = {"groupby": "condition", "group": "case"}
 
 
-def test_a_difference_is_gone_with_the_labels(fit):
+def test_a_difference_is_gone_with_the_labels():
     adata = simulated(1, lfc=1.0)
-    found = calibration.differential_expression(fit, adata, **QUESTION)
+    found = calibration.differential_expression(read(adata), **QUESTION)
     assert found.is_de.sum() >= 10
-    null = null_calibration(fit, adata, **QUESTION, n_permutations=10)
+    null = null_calibration(read(adata), **QUESTION, n_permutations=10)
     assert null.calls.shape == (10, 4)
     assert null.n_rows == adata.n_vars
     assert null.calls.max() <= 1
 
 
-def test_cells_change_labels_within_their_batch(fit, asked):
+def test_cells_change_labels_within_their_batch(asked):
     adata = simulated()
-    null_calibration(fit, adata, **QUESTION, n_permutations=3)
+    null_calibration(read(adata), **QUESTION, n_permutations=3)
     true = adata.obs.condition.to_numpy()
     assert len({tuple(labels) for labels in [true, *asked]}) == 4
     for labels in asked:
@@ -93,33 +77,33 @@ def test_cells_change_labels_within_their_batch(fit, asked):
             assert sorted(labels[mine]) == sorted(true[mine])
 
 
-def test_without_batches_they_change_anywhere(fit, asked):
+def test_without_batches_they_change_anywhere(asked):
     adata = simulated()
-    null_calibration(fit, adata, **QUESTION, batch=None, n_permutations=1)
+    null_calibration(read(adata), **QUESTION, batch=None, n_permutations=1)
     mine = (adata.obs.batch == "one").to_numpy()
     true = adata.obs.condition
     assert sorted(asked[0]) == sorted(true)
     assert sorted(asked[0][mine]) != sorted(true[mine])
 
 
-def test_cells_without_a_group_stay_without_one(fit, asked):
+def test_cells_without_a_group_stay_without_one(asked):
     adata = simulated()
     left_out = np.arange(adata.n_obs) % 5 == 0
     labels = adata.obs.condition.where(~left_out)
-    null_calibration(fit, adata, groupby=labels, group="case", n_permutations=1)
+    null_calibration(read(adata), groupby=labels, group="case", n_permutations=1)
     assert (pd.isna(asked[0]) == left_out).all()
 
 
-def test_groups_that_are_not_asked_about_stay_out(fit, asked):
+def test_groups_that_are_not_asked_about_stay_out(asked):
     adata = simulated()
     labels = adata.obs.condition.where(adata.obs.donor != "d0", "third")
-    null_calibration(fit, adata, groupby=labels, group="case", reference="control", n_permutations=1)
+    null_calibration(read(adata), groupby=labels, group="case", reference="control", n_permutations=1)
     assert pd.isna(asked[0])[labels == "third"].all()
 
 
-def test_replicates_of_one_condition_change_labels_as_wholes(fit, asked):
+def test_replicates_of_one_condition_change_labels_as_wholes(asked):
     adata = simulated()
-    null = null_calibration(fit, adata, **QUESTION, replicate_key="donor", batch=None)
+    null = null_calibration(read(adata), **QUESTION, replicate_key="donor", batch=None)
     assert len(null.calls) == 9  # of 20 ways to choose 3 of 6 half are mirrors, and one is as it was
     for labels in asked:
         table = pd.crosstab(adata.obs.donor, labels)
@@ -131,9 +115,9 @@ def test_replicates_of_one_condition_change_labels_as_wholes(fit, asked):
     assert len(sides) == 10
 
 
-def test_in_replicates_of_both_conditions_the_names_change_places(fit, asked):
+def test_in_replicates_of_both_conditions_the_names_change_places(asked):
     adata = simulated()
-    null = null_calibration(fit, adata, **QUESTION, replicate_key="sample", batch=None)
+    null = null_calibration(read(adata), **QUESTION, replicate_key="sample", batch=None)
     assert len(null.calls) == 7  # 4 samples as they are or not, half of them mirrors, less the true one
     for labels in asked:
         same = (
@@ -142,34 +126,34 @@ def test_in_replicates_of_both_conditions_the_names_change_places(fit, asked):
         assert set(same) == {0.0, 1.0}
 
 
-def test_a_lone_pair_of_replicates_that_is_not_compared_makes_no_labelling(fit, asked):
+def test_a_lone_pair_of_replicates_that_is_not_compared_makes_no_labelling(asked):
     """Two replicates of both conditions in one batch, one of either in the other: these change nothing."""
     adata = simulated()
     here = (adata.obs.batch == "one").to_numpy()
     replicate = np.where(here, np.array(["p", "q"])[np.arange(adata.n_obs) // 2 % 2], adata.obs.condition)
-    null_calibration(fit, adata, **QUESTION, replicate_key=replicate)
+    null_calibration(read(adata), **QUESTION, replicate_key=replicate)
     assert len(asked) == 1
     changed = asked[0] != adata.obs.condition.to_numpy()
     assert len(set(replicate[here & changed])) == 1
 
 
-def test_replicates_that_can_be_labelled_in_one_way_only_are_refused(fit):
+def test_replicates_that_can_be_labelled_in_one_way_only_are_refused():
     adata = simulated(n_donors=2)
     with pytest.raises(ValueError, match="no other way: two of each group"):
-        null_calibration(fit, adata, **QUESTION, replicate_key="donor", batch=None)
+        null_calibration(read(adata), **QUESTION, replicate_key="donor", batch=None)
 
 
-def test_where_nothing_can_be_called_there_is_nothing_to_count(fit):
+def test_where_nothing_can_be_called_there_is_nothing_to_count():
     """One replicate against three."""
     cells = simulated(n_donors=4)
     cells.obs["condition"] = np.where(cells.obs.donor == "d0", "case", "control")
     with pytest.warns(UserWarning, match="replicate"), pytest.raises(ValueError, match="fewer than two rep"):
-        null_calibration(fit, cells, replicate_key="donor", n_permutations=2, **QUESTION)
+        null_calibration(read(cells), replicate_key="donor", n_permutations=2, **QUESTION)
 
 
-def test_the_same_seed_gives_the_same_labels_and_calls(fit, asked):
+def test_the_same_seed_gives_the_same_labels_and_calls(asked):
     adata = simulated(lfc=0.3)
-    results = [null_calibration(fit, adata, **QUESTION, n_permutations=2, seed=seed) for seed in (0, 0, 1)]
+    results = [null_calibration(read(adata), **QUESTION, n_permutations=2, seed=seed) for seed in (0, 0, 1)]
     assert (results[0].calls == results[1].calls).all()
     first, again, other = (np.concatenate(asked[i : i + 2]) for i in (0, 2, 4))
     assert (first == again).all()
@@ -206,15 +190,15 @@ def test_intervals_cover_the_true_rate():
         ({"delta": -1.0}, "at least 0"),
     ],
 )
-def test_what_can_not_be_asked_is_refused(wrong, says, fit):
+def test_what_can_not_be_asked_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
-        null_calibration(fit, simulated(), **{**QUESTION, **wrong})
+        null_calibration(read(simulated()), **{**QUESTION, **wrong})
 
 
 @pytest.mark.parametrize("name", ["fdr", "n_perm"])
-def test_an_argument_that_it_does_not_have_is_no_argument_of_another(name, fit):
+def test_an_argument_that_it_does_not_have_is_no_argument_of_another(name):
     with pytest.raises(TypeError, match=f"got an unexpected keyword argument '{name}'"):
-        null_calibration(fit, simulated(), **QUESTION, **{name: 1})
+        null_calibration(read(simulated()), **QUESTION, **{name: 1})
 
 
 def test_the_question_has_the_defaults_of_differential_expression():
@@ -224,9 +208,24 @@ def test_the_question_has_the_defaults_of_differential_expression():
     assert {name: mine[name].default for name in shared} == {name: other[name].default for name in shared}
 
 
-def test_the_question_is_asked_as_told(fit, monkeypatch):
+class Nothing:
+    """A program that says nothing of the counts."""
+
+    def model(self, cells):
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Poisson(cells.x + 1.0).to_event(1), obs=cells.x)
+
+    def guide(self, cells):
+        loc = pyro.param("loc", lambda: cells.x.new_zeros(()))
+        with pyro.plate("cells", cells.n_total, subsample=cells.index):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+
+def test_the_question_is_asked_as_told(monkeypatch):
     told = {}
-    adata, original = simulated(), calibration.differential_expression
+    data, original = read(simulated()), calibration.differential_expression
+    fit = fit_svi(Nothing(), data, epochs=1, progress=False)
 
     def spy(*args, **question):
         told.update(question)
@@ -236,7 +235,7 @@ def test_the_question_is_asked_as_told(fit, monkeypatch):
     options = {"group": "case", "reference": "control", "estimand": "cell", "delta": 0.4, "n_draws": 3}
     options |= {"site": "share", "parallel": False, "batch": "one", "seed": 4}
     with pytest.raises(KeyError, match="no site 'share'"):
-        null_calibration(fit, adata, groupby="condition", **options)
+        null_calibration(fit, data, groupby="condition", **options)
     assert {name: told[name] for name in options} == options
 
 

@@ -17,6 +17,7 @@ from pyrosc.data import minibatch as cells
 from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated
 from pyrosc.engine import backends as compiled
 from pyrosc.engine.cpu import count_density as kernels
+from pyrosc.engine.cpu.threads import SMALL
 from pyrosc.inference.isolation import validating
 from pyrosc.nn import log1p_linear as sparse
 
@@ -206,7 +207,7 @@ def test_every_count_to_forty_and_beyond_the_table(name):
 @pytest.mark.parametrize("rows", [1, 2, 37, 300])
 @ALL
 def test_bits_do_not_depend_on_the_threads(name, rows):
-    n_genes = 2 * kernels._ALONE // rows + 1
+    n_genes = 2 * SMALL // rows + 1
     parameters, x = example(name, rows, n_genes)
 
     def run():
@@ -228,45 +229,6 @@ def test_bits_do_not_depend_on_the_threads(name, rows):
         assert (
             torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max())) if summed else torch.equal(a, b)
         )
-
-
-def test_as_many_threads_are_used_as_torch_has(monkeypatch):
-    seen = []
-
-    def run(n_shares, n_rows):
-        seen.append((numba.get_num_threads(), n_shares, n_rows))
-
-    run.alone = lambda first, last: seen.append(("alone", first, last))
-    before = numba.get_num_threads()
-    kernels._shared(run, 100, kernels._ALONE)
-    torch.set_num_threads(2)
-    try:
-        kernels._shared(run, 100, kernels._ALONE - 1)
-        kernels._shared(run, 100, kernels._ALONE)
-        kernels._shared(run, 3, kernels._ALONE)
-        monkeypatch.setattr(kernels, "_forked", True)
-        kernels._shared(run, 100, kernels._ALONE)
-    finally:
-        torch.set_num_threads(1)
-    assert numba.get_num_threads() == before
-    n = min(2, numba.config.NUMBA_NUM_THREADS)
-    shared = [(n, n * kernels._SHARES, 100), (n, 3, 3)] if n > 1 else [("alone", 0, 100), ("alone", 0, 3)]
-    assert seen == [("alone", 0, 100), ("alone", 0, 100), *shared, ("alone", 0, 100)]
-
-
-def test_the_number_of_threads_is_left_where_a_loop_fails():
-    def run(*_):
-        raise KeyboardInterrupt
-
-    run.alone = run
-    before = numba.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            kernels._shared(run, 10, kernels._ALONE)
-    finally:
-        torch.set_num_threads(1)
-    assert numba.get_num_threads() == before
 
 
 # --- far out, and where nothing is a number
@@ -441,7 +403,7 @@ def test_gathered_rows_are_those_of_the_matrix(csr, rows, loops, monkeypatch):
 def test_a_gather_in_shares_is_one_in_order(csr):
     wide = scipy.sparse.hstack([csr] * 100).tocsr()
     rows = torch.tensor([*range(30)] * 3)
-    assert len(rows) * wide.shape[1] > kernels._ALONE
+    assert len(rows) * wide.shape[1] > SMALL
     alone = resident(wide).cells(rows).x
     torch.set_num_threads(2)
     try:

@@ -140,7 +140,7 @@ def test_without_gradients_the_value_is_the_same(data, cells, elbo, name, settin
     with torch.no_grad(), isolated(CPU, 5, pairs.empty_params()):
         alone = weighted_loss(elbo(**settings), program.model, program.guide, cells)
     assert not alone.requires_grad
-    assert float(alone) == pytest.approx(float(value), rel=1e-6)
+    assert float(alone) == pytest.approx(float(value), rel=1e-5)  # float32 sums, perhaps in another order
 
 
 def test_the_score_functions_gradient_is_that_of_the_expectation(data):
@@ -230,7 +230,7 @@ def test_loss_and_kl_of_one_run_are_those_of_two(data, cells, elbo, weight):
 
     loss, kl = run(lambda: loss_and_kl(elbo(), program.model, program.guide, cells, weight))
     expected = run(lambda: weighted_loss(elbo(), program.model, program.guide, cells, weight))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)  # float32 sums, in another order
     closed = elbo is TraceMeanField_ELBO
     apart = run(lambda: kl_by_site(program.model, program.guide, cells, mean_field=closed))
     if elbo is not TraceEnum_ELBO:  # there the KL's draws come after the loss's

@@ -16,8 +16,7 @@ from torch import nn
 
 import pyrosc
 from pyrosc import VAE, fit_svi
-from pyrosc.inference import loop as training
-from pyrosc.inference import svi
+from pyrosc.inference import elbo, step
 from pyrosc.inference.elbo import weighted_loss
 from pyrosc.inference.isolation import isolated
 
@@ -58,7 +57,8 @@ def test_a_step_has_the_loss_and_the_gradients_of_pyros_svi(data, elbo, likeliho
     with isolated(CPU, 3, pairs.empty_params()):
         ours = weighted_loss(elbo(), vae.model, vae.guide, cells)
     ours.backward()
-    assert float(ours.detach()) * data.n_cells == pytest.approx(theirs, rel=1e-6)
+    # A float32 sum, in another order.
+    assert float(ours.detach()) * data.n_cells == pytest.approx(theirs, rel=1e-5)
     parameters = dict(vae.named_parameters())
     assert set(gradients) == {id(p) for p in parameters.values()}
     for name, p in parameters.items():
@@ -71,7 +71,7 @@ def test_a_step_has_the_loss_and_the_gradients_of_pyros_svi(data, elbo, likeliho
 
 def test_a_whole_fit_is_pyros_svi_with_adam_on_the_same_minibatches(data, monkeypatch):
     """One minibatch of all cells, a constant rate, no warm-up: the same parameters as SVI with Adam."""
-    monkeypatch.setattr(training, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
     shares = pairs.Conjugate(data.share, shift=0.3)
     settings = {"minibatch_size": 200, "kl_warmup": 0, "validation": 0.0, "learning_rate": 0.01}
     fit = fit_svi(shares, data, epochs=20, elbo=Trace_ELBO, progress=False, **settings)
@@ -98,8 +98,8 @@ def test_the_fit_finds_the_exact_posterior_and_its_evidence(data):
     a, b = fit.program.shift.exp().tolist()
     assert a / b == pytest.approx(1, abs=0.01)  # the mean of the posterior
     evidence = start.evidence(data.x.toarray())
-    rows = svi.split(data.n_cells, 0.1, 1)[1]
-    best = fit.history["validation"].iloc[fit.settings["best_epoch"]]
+    rows = settings.split(data.n_cells, 0.1, 1)[1]
+    best = fit.history["validation"].iloc[fit.found.best_epoch]
     assert best == pytest.approx(-evidence[rows].mean(), abs=0.05)
     assert fit.history["validation"].iloc[0] > best + 0.2
 
@@ -146,24 +146,24 @@ def test_the_warm_up_rises_by_steps(data):
     class Watching(Trace_ELBO):
         pass
 
-    original = training.weighted_loss
+    original = elbo.weighted_loss
 
     def record(elbo, model, guide, cells, weight=1.0):
         if torch.is_grad_enabled():
             seen.append(float(weight))
         return original(elbo, model, guide, cells, weight)
 
-    training.weighted_loss = record
+    elbo.weighted_loss = record
     try:
         settings = {"epochs": 4, "minibatch_size": 60, "kl_warmup": 5, "progress": False}
         fit_svi(pairs.Conjugate(data.share), data, elbo=Watching, **settings)
     finally:
-        training.weighted_loss = original
+        elbo.weighted_loss = original
     np.testing.assert_allclose(seen, [0.2, 0.4, 0.6, 0.8, *[1] * 8])
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
-    rates = [training.one_cycle(t) for t in np.linspace(0, 1, 101)]
+    rates = [step.one_cycle(t) for t in np.linspace(0, 1, 101)]
     assert max(rates) == pytest.approx(1, abs=1e-3)
     assert 0 < rates[0] < 0.2
     assert rates[-1] == pytest.approx(0, abs=1e-9)
@@ -173,7 +173,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 
 def test_epochs_are_planned_from_the_data():
-    planned = [svi.planned_epochs(steps) for steps in (1, 10, 100, 10_000)]
+    planned = [settings.planned_epochs(steps) for steps in (1, 10, 100, 10_000)]
     assert planned == sorted(planned, reverse=True)
     assert all(isinstance(n, int) and n >= 1 for n in planned)
 
@@ -182,18 +182,18 @@ def test_epochs_are_planned_from_the_data():
 
 
 def test_the_split_covers_all_cells_once():
-    train, held = svi.split(103, 0.1, 4)
+    train, held = settings.split(103, 0.1, 4)
     assert sorted([*train, *held]) == list(range(103))
     assert len(held) == 10
-    assert not np.array_equal(held, svi.split(103, 0.1, 5)[1])
-    train, held = svi.split(103, 0.0, 4)
+    assert not np.array_equal(held, settings.split(103, 0.1, 5)[1])
+    train, held = settings.split(103, 0.0, 4)
     assert len(held) == 0
     assert list(train) == list(range(103))
 
 
 @pytest.mark.parametrize(("cells", "validation"), [(1, 0.9), (2, 0.9), (3, 0.99), (5, 0.1)])
 def test_a_cell_to_train_on_is_always_left(data, cells, validation):
-    train, held = svi.split(cells, validation, 0)
+    train, held = settings.split(cells, validation, 0)
     assert len(train) >= 1
     assert len(train) + len(held) == cells
     rows = np.arange(cells)
@@ -222,11 +222,11 @@ class Overfits(nn.Module):
 
 
 def test_early_stopping_keeps_the_best_state(data, monkeypatch):
-    monkeypatch.setattr(training, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
     settings = {"epochs": 50, "minibatch_size": 180, "learning_rate": 0.1, "kl_warmup": 0, "progress": False}
     fit = fit_svi(Overfits(), data, patience=4, **settings)
     history = fit.history["validation"]
-    best = fit.settings["best_epoch"]
+    best = fit.found.best_epoch
     assert best == history.argmin()
     assert 0.9 <= float(fit.program.at.detach()) <= 1.1
     assert abs(float(fit.program.at.detach()) - 1) == pytest.approx(history.iloc[best], abs=1e-5)
@@ -235,17 +235,17 @@ def test_early_stopping_keeps_the_best_state(data, monkeypatch):
 
 
 def test_without_validation_the_last_epoch_is_kept(data, monkeypatch):
-    monkeypatch.setattr(training, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
     settings = {"epochs": 15, "minibatch_size": 200, "learning_rate": 0.1, "kl_warmup": 0, "progress": False}
     fit = fit_svi(Overfits(), data, validation=0.0, patience=1, **settings)
     assert len(fit.history) == 15
-    assert fit.settings["best_epoch"] == 14
+    assert fit.found.best_epoch == 14
     assert float(fit.program.at.detach()) == pytest.approx(1.5, abs=0.01)
     assert fit.history["validation"].isna().all()
 
 
 def test_parameters_of_the_store_are_restored_too(data, monkeypatch):
-    monkeypatch.setattr(training, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
 
     def model(cells):
         at = pyro.param("at", torch.zeros(()))
@@ -280,7 +280,13 @@ def test_history_has_a_row_an_epoch_and_says_what_happened(data):
     assert (fit.history["seconds"].diff().dropna() > 0).all()
     assert (fit.history["learning_rate"] <= 1e-2 + 1e-12).all()
     s = fit.settings
-    assert (s["epochs"], s["n_cells"], s["n_train"], s["seed"]) == (3, 200, 180, 0)
+    assert (s["epochs"], s["validation"], s["seed"], s["replay"]) == (3, 0.1, 0, True)
+    found = fit.found
+    assert (found.n_cells, found.n_train, found.threads, found.data) == (200, 180, (1,), data.fingerprint)
+    assert found.replayed == "the fit has few steps"
+    assert "steps run: the fit has few steps" in repr(fit)
+    assert {"python", "torch", "pyrosc"} <= {*found.versions}
+    assert fit_svi(fit.program, data, **s, progress=False).settings == s
     assert "3 epochs" in repr(fit)
     assert "VAE" in repr(fit)
     assert "40 genes" in repr(fit)
@@ -288,11 +294,11 @@ def test_history_has_a_row_an_epoch_and_says_what_happened(data):
 
 def test_the_validation_loss_is_the_negative_elbo_of_the_kept_parameters(data):
     fit = fit_svi(tiny(data), data, seed=2, **QUICK)
-    held = data[svi.split(200, 0.1, 2)[1]].on("cpu")
+    held = data[settings.split(200, 0.1, 2)[1]].on("cpu")
     cells = held.cells(torch.arange(20))
     with fit.asking(2):
         expected = float(weighted_loss(TraceMeanField_ELBO(), fit.model, fit.guide, cells))
-    best = fit.history["validation"].iloc[fit.settings["best_epoch"]]
+    best = fit.history["validation"].iloc[fit.found.best_epoch]
     assert best == pytest.approx(expected, rel=1e-5)
 
 
@@ -621,14 +627,14 @@ def test_gradients_are_clipped(data, monkeypatch):
     a, b = (fit_svi(tiny(data), data, clip_norm=c, **QUICK) for c in (None, 1e-3))
     assert not pairs.same_bits(a, b)
     seen = []
-    original = training._clipped
+    original = step._clipped
 
     def spy(gradients, norm):
         clipped = original(gradients, norm)
         seen.append(torch.cat([g.flatten() for g in clipped if g is not None]).norm())
         return clipped
 
-    monkeypatch.setattr(training, "_clipped", spy)
+    monkeypatch.setattr(step, "_clipped", spy)
     fit_svi(tiny(data), data, clip_norm=0.5, **QUICK)
     assert seen
     assert max(seen) <= 0.5

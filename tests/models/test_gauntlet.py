@@ -1,5 +1,6 @@
 """What every model, likelihood and user-style pair must pass."""
 
+import copy
 import functools
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from torch import nn
 
 import pyrosc
 from pyrosc import (
@@ -28,9 +30,12 @@ from pyrosc import (
     fit_svi,
     from_anndata,
 )
+from pyrosc.engine import replay
+from pyrosc.inference import loop, step
 from pyrosc.inference.contract import check_programs, elbo_of, pair
 from pyrosc.inference.elbo import weighted_loss
 from pyrosc.inference.isolation import isolated, modules_of
+from pyrosc.inference.purity import is_pure
 
 SETTINGS = {"epochs": 6, "minibatch_size": 64, "learning_rate": 1e-2, "progress": False}
 
@@ -308,3 +313,44 @@ def test_two_fits_live_beside_each_other(name, fit, rich, vae_fit, data):
     assert torch.equal(torch.cat([a["rho"] for a, _, _ in turns], 1), ours)
     assert torch.equal(torch.cat([b["rho"] for _, b, _ in turns], 1), theirs)
     assert not torch.equal(torch.cat([c["rho"] for _, _, c in turns], 1), ours)
+
+
+# --- steps that are replayed
+
+
+@every_case
+def test_steps_are_replayed_as_they_are_run(name, rich, monkeypatch):
+    """To the bit as they are recorded; rewritten, the losses of two epochs to a few units of float32."""
+    monkeypatch.setattr(step, "RECORD_AFTER", 1)
+    monkeypatch.setattr(step, "RECORD_FOR", 0)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
+    settings = settings_of(name) | {"epochs": 2}
+
+    def fit(*, replay):
+        program, guide = CASES[name](rich)
+        return fit_svi(program, rich, guide=guide, replay=replay, **settings)
+
+    run, rewritten = fit(replay=False), fit(replay=True)
+    monkeypatch.setattr(replay, "REWRITES", ())
+    recorded = fit(replay=True)
+    if name.startswith("scanvi"):
+        assert "reads the numbers" in recorded.found.replayed
+    else:
+        assert recorded.found.replayed is rewritten.found.replayed is True
+    assert pairs.same_bits(run, recorded)
+    np.testing.assert_allclose(rewritten.history["train"], run.history["train"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_our_models_are_pure_and_what_is_made_of_them_is_not(model, rich):
+    recipe = {"n_components": 3} if model is GMVAE else {}
+    made = model.for_data(rich, **recipe)
+    assert is_pure(made, None)
+    assert is_pure(made.model, made.guide)
+    changed = type("Changed", (model,), {})
+    theirs = copy.copy(made)
+    theirs.__class__ = changed
+    assert not is_pure(theirs, None)
+    assert not is_pure(made, lambda cells: None)
+    made.part = nn.Sequential(type("Part", (nn.Linear,), {})(2, 2))
+    assert not is_pure(made, None)

@@ -72,7 +72,7 @@ def test_importing_the_plots_does_not_import_pyplot():
 def test_history_draws_train_validation_and_the_epoch_kept(fit):
     ax = plots.history(fit)
     lines = {line.get_label(): line for line in ax.lines}
-    best = fit.settings["best_epoch"]
+    best = fit.found.best_epoch
     assert_allclose(lines["train (as minimised)"].get_ydata(), fit.history.train)
     assert_allclose(lines["train (as minimised)"].get_xdata(), [1, 2, 3, 4])
     assert_allclose(lines["validation"].get_ydata(), fit.history.validation)
@@ -100,10 +100,8 @@ def test_history_names_several_sites(fit):
 
 
 def test_history_of_a_fit_without_validation_or_latent_sites(fit):
-    bare = replace(fit, history=pd.DataFrame({"train": [3.0, 2.0], "validation": np.nan}))
-    bare.settings["best_epoch"], kept = 1, bare.settings["best_epoch"]
-    ax = plots.history(bare)
-    bare.settings["best_epoch"] = kept
+    history = pd.DataFrame({"train": [3.0, 2.0], "validation": np.nan})
+    ax = plots.history(replace(fit, history=history, found=replace(fit.found, best_epoch=1)))
     assert ax.figure.axes == [ax]
     assert [line.get_label() for line in ax.lines] == ["train (as minimised)", "epoch kept (2)"]
     assert_allclose(ax.lines[1].get_xydata(), [[2, 2.0]])

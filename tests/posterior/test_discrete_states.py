@@ -1,10 +1,12 @@
+"""Clusters, labels and sparse codes."""
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import pyrosc
-from pyrosc import GMVAE, LDVAE, SCANVI, VSC, fit_svi
+from pyrosc import GMVAE, SCANVI, VSC, fit_svi
 
 QUICK = {"epochs": 2, "minibatch_size": 64, "progress": False}
 
@@ -25,12 +27,6 @@ def test_clusters_are_mean_responsibilities(gmvae_fit, data):
     assert list(answer.most_probable.cat.categories) == ["0", "1", "2"]
     assert (answer.most_probable.cat.codes == p.argmax(1)).all()
     assert "of 3 are the most probable" in repr(answer)
-
-
-@pytest.mark.parametrize("ask", [pyrosc.foreground, pyrosc.impute_proteins])
-def test_a_fit_without_proteins_says_so(ask, gmvae_fit, data):
-    with pytest.raises(KeyError, match="this GMVAE knows no proteins: fit a TOTALVI"):
-        ask(gmvae_fit, data)
 
 
 def test_a_model_without_clusters_says_so(vae_fit, data):
@@ -64,21 +60,3 @@ def test_inclusion_is_that_of_the_draws(data):
 def test_inclusion_needs_a_sparse_code(vae_fit, data):
     with pytest.raises(TypeError, match="Normal, whose draws are never 0: fit a VSC"):
         pyrosc.inclusion(vae_fit, data)
-
-
-def test_loadings_give_the_log_shares(data):
-    fit = fit_svi(LDVAE.for_data(data, n_latent=2, hidden=(8,)), data, **QUICK)
-    table = pyrosc.loadings(fit)
-    assert list(table.index) == list(data.schema.genes)
-    (drawn,) = pyrosc.draws(fit, data[:9], "z", "rho", n_draws=1)
-    log = drawn["rho"][0].log().double().numpy()
-    offset = log - drawn["z"][0].double().numpy() @ table.to_numpy().T
-    offset -= offset.mean(1, keepdims=True)
-    same_batch = data.batch[:9] == data.batch[0]
-    np.testing.assert_allclose(offset[same_batch] - offset[0], 0, atol=1e-4)
-
-
-@pytest.mark.parametrize("ask", [pyrosc.loadings, pyrosc.zero_inflation])
-def test_a_program_without_the_property_says_so(ask, vae_fit):
-    with pytest.raises(TypeError, match="VAE has no"):
-        ask(vae_fit)

@@ -34,7 +34,7 @@ from pyrosc.engine.cpu.math32 import (
     _sigmoid32,
     _split,
 )
-from pyrosc.engine.cpu.threads import _shared
+from pyrosc.engine.cpu.threads import shared
 
 _EXACT = 16  # counts up to this have their rising factorial multiplied out
 _LARGEST_FACTOR = 1e9  # of those, and the inverse of their smallest: products stay finite, and above 0
@@ -397,5 +397,5 @@ def log_density(
     slopes = [x.new_empty((n_rows, n_genes) if want else (0, n_genes)) for want in wanted]
     arrays = [None if t is None else t.detach().numpy() for t in inputs]
     filled = [slope.numpy() if want else None for slope, want in zip(slopes, wanted, strict=True)]
-    _shared(_log_densities, n_rows, n_rows * n_genes, *arrays, log_p.numpy(), *filled)
+    shared(_log_densities, n_rows, n_rows * n_genes, *arrays, log_p.numpy(), *filled)
     return log_p, slopes[0], slopes[1], slopes[2]

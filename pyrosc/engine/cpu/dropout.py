@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrosc.engine.cpu.math32 import _F, _WIDE, _compiled, _in_parallel
-from pyrosc.engine.cpu.threads import _shared
+from pyrosc.engine.cpu.threads import shared
 
 
 @_compiled
@@ -53,5 +53,5 @@ def kept(seed: Tensor, n: int, dropped: int) -> Tensor:
         Probability that it is 0, times 2^16. Else it is the inverse of the share that is not.
     """
     out = torch.empty(-(-n // _WIDE), _WIDE)
-    _shared(_keeps, len(out), n, seed.numpy().view(np.uint64), dropped, out.numpy())
+    shared(_keeps, len(out), n, seed.numpy().view(np.uint64), dropped, out.numpy())
     return out.view(-1)[:n]

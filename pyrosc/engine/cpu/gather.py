@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrosc.engine.cpu.math32 import _compiled, _in_parallel
-from pyrosc.engine.cpu.threads import _shared
+from pyrosc.engine.cpu.threads import shared
 
 
 @_compiled
@@ -39,7 +39,7 @@ def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tenso
     """Rows of a CSR matrix, entries `start` to `stop` of each, as a dense matrix, (rows, genes)."""
     out = count.new_empty(len(rows), n_genes)
     at = (start[rows], stop[rows], gene, count)
-    _shared(_gathers, len(rows), out.numel(), *(t.numpy() for t in (*at, out)))
+    shared(_gathers, len(rows), out.numel(), *(t.numpy() for t in (*at, out)))
     if not out.is_inference():
         _entries[out] = (out._version, *at)
     return out

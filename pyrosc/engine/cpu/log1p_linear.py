@@ -20,7 +20,7 @@ from pyrosc.engine.cpu.math32 import (
     _log_parts32,
     _places,
 )
-from pyrosc.engine.cpu.threads import _shared
+from pyrosc.engine.cpu.threads import shared
 
 _DENSE = 0.3  # share of entries above which a product of dense matrices is sooner done
 _PARTS = 8  # of a minibatch, whose entries are listed one after the other
@@ -166,7 +166,7 @@ def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor
         at = tuple(t.numpy() for t in known[1:])
         np.cumsum(at[1] - at[0], out=start[1:].numpy())
     else:
-        _shared(_counts, len(x), x.numel(), x.numpy(), start[1:].numpy())
+        shared(_counts, len(x), x.numel(), x.numpy(), start[1:].numpy())
         start = start.cumsum(0, dtype=torch.int32)
     n = int(start[-1])
     listed = (x.new_empty(0, dtype=torch.int32), x.new_empty(0, dtype=torch.int32), x.new_empty(0))
@@ -176,12 +176,12 @@ def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor
     n_parts = min(len(x), _PARTS)
     found = np.empty((n_parts, x.shape[1]), np.int32)
     arrays = tuple(t.numpy() for t in (start, gene, value))
-    _shared(_lists, n_parts, x.numel(), x.numpy(), at, *arrays, found)
+    shared(_lists, n_parts, x.numel(), x.numpy(), at, *arrays, found)
     if slope:
         listed = (torch.empty(x.shape[1] + 1, dtype=torch.int32), torch.empty_like(gene), torch.empty(n))
         by_gene, row_of, value_of = (t.numpy() for t in listed)
         _add_up(found, by_gene)
-        _shared(_transposes, n_parts, x.numel(), *arrays, found, row_of, value_of)
+        shared(_transposes, n_parts, x.numel(), *arrays, found, row_of, value_of)
     out = embedding_bag(gene, weight, start[:-1], mode="sum", per_sample_weights=value)
     return out, *listed
 

@@ -16,7 +16,7 @@ from pyrosc.engine.cpu.count_density import (
     _log_density_of_block,
 )
 from pyrosc.engine.cpu.math32 import _F, _WIDE, _add, _compiled, _exp_parts32, _in_parallel, _inlined, _part
-from pyrosc.engine.cpu.threads import _shared
+from pyrosc.engine.cpu.threads import shared
 
 _BLOCK = 16  # rows whose slopes in parameters of genes are summed one after the other
 
@@ -216,7 +216,7 @@ def shares_log_density(
     slopes = x.new_zeros(3, n_blocks, n_genes)
     tensors = (logits, bias, gate, gate_bias, library, x, theta, weight, log_p, *slopes, d_library)
     arrays = (None if t is None else t.detach().numpy() for t in tensors)
-    _shared(_shares_densities, n_blocks, logits.numel(), *arrays)
+    shared(_shares_densities, n_blocks, logits.numel(), *arrays)
     summed = x.new_empty(3, 1, n_genes)
     _sum_blocks(slopes.numpy(), summed.numpy())
     return log_p, summed[0], summed[1], summed[2], d_library
