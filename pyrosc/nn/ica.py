@@ -7,8 +7,7 @@ from jaxtyping import Float
 
 from pyrosc.data.counts import Counts
 
-MOST_CELLS = 5000
-"""Cells that are looked at."""
+_MOST_CELLS = 5000  # that are looked at
 
 
 def independent_components(data: Counts, n: int) -> Float[np.ndarray, "genes components"]:
@@ -28,7 +27,7 @@ def independent_components(data: Counts, n: int) -> Float[np.ndarray, "genes com
     from sklearn.decomposition import PCA, FastICA  # take long to import
     from sklearn.exceptions import ConvergenceWarning
 
-    some = np.random.default_rng(0).permutation(data.n_cells)[:MOST_CELLS]
+    some = np.random.default_rng(0).permutation(data.n_cells)[:_MOST_CELLS]
     y = np.log1p(data.x[np.sort(some)].toarray())
     y -= y.mean(1, keepdims=True)
     n = min(n, len(y) - 1, data.n_genes - 1)
