@@ -87,13 +87,13 @@ def donor_variance(
     to biological variation, 2012 (the same for a dispersion, which there is drawn to that of other genes).
     """
     return (
-        _posterior(adjusted_profile_likelihood(a, b, stratum, phi)).numpy()
+        _posterior(_adjusted_profile_likelihood(a, b, stratum, phi)).numpy()
         if shows_variance(a, b, stratum)
         else None
     )
 
 
-def adjusted_profile_likelihood(
+def _adjusted_profile_likelihood(
     a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
 ) -> Float[Tensor, "genes values"]:
     """Return each gene's adjusted log likelihood of each of TAU2, up to a constant.
