@@ -8,22 +8,20 @@ on other cells before it is trusted.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyrosc.data.minibatch import Cells
-from pyrosc.engine.fusing import fuse
 from pyrosc.engine.lower import shorten
-from pyrosc.engine.passes import _simplify
+from pyrosc.engine.passes import fuse, simplify
 from pyrosc.engine.rng import seeded
 from pyrosc.engine.trace import traced
 
 Gradients = Callable[[Cells, Tensor], tuple[Tensor, list[Tensor | None]]]
 """From cells and the weight of the KL to the loss and its gradients; None for a parameter it does not use."""
 
-_ARRAYS = [field.name for field in fields(Cells) if field.name != "n_total"]
 _log = logging.getLogger(__name__)
 
 
@@ -65,28 +63,22 @@ def recorded(
         or a replay differs from them, the log says why.
     """
     device, n_state = weight.device, len(state)
-
-    def flat(*tensors: Tensor) -> list[Tensor | None]:
-        *arrays, library, weight = tensors[n_state:]
-        seen = Cells(n_total=n_total, **dict(zip(_ARRAYS, arrays, strict=True)))
-        value, slopes = gradients(seen.knowing(library), weight)
-        return [value, *slopes]
-
-    def flattened(cells: Cells, weight: Tensor) -> list[Tensor]:
-        return [*state, *(getattr(cells, name) for name in _ARRAYS), cells.library, weight]
-
     kept = [tensor.detach().clone() for tensor in state]
     try:
-        some = cells()
-        n_total, arguments = some.n_total, flattened(some, weight)
+        leaves, tree = tree_flatten((cells(), weight))
+
+        def flat(*tensors: Tensor) -> list[Tensor | None]:
+            value, slopes = gradients(*tree_unflatten(tensors[n_state:], tree))
+            return [value, *slopes]
+
         with seeded(device, 0):
-            graph = traced(flat, arguments)
-        del some, arguments
-        _simplify(graph)
+            graph = traced(flat, [*state, *leaves])
+        del leaves
+        simplify(graph)
 
         def replay(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
             with torch.no_grad():
-                value, *slopes = graph(*flattened(cells, weight))
+                value, *slopes = graph(*state, *tree_leaves((cells, weight)))
             return value, slopes
 
         def outcome(run: Gradients) -> list[Tensor | None]:

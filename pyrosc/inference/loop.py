@@ -16,7 +16,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyrosc.data.minibatch import Cells, Resident
+from pyrosc.data.minibatch import Cells, DeviceCounts
 from pyrosc.engine.adam import Adam
 from pyrosc.engine.bfloat16 import LinearInBfloat16
 from pyrosc.engine.cuda_graph import CudaGraph
@@ -40,8 +40,8 @@ class Problem:
     guide: Program
     elbo: ELBO
     modules: list[nn.Module]
-    train: Resident
-    validation: Resident | None
+    train: DeviceCounts
+    validation: DeviceCounts | None
 
 
 def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, int]:  # noqa: FBT001

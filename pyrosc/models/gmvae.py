@@ -54,7 +54,7 @@ class GMVAE(nn.Module):
     encoder
         From cells to the distribution of z, (cells, latent).
     decoder
-        From z and cells to features h and shares rho.
+        From z and cells to features h and logits of the shares rho.
     likelihood
         From l rho, h and batches to the distribution of the counts.
     library, library_encoder
@@ -158,9 +158,10 @@ class GMVAE(nn.Module):
             z = pyro.sample("z", self.prior(cells))
             pyro.deterministic("p_y", self.prior.responsibilities(z), event_dim=1)
             l = pyro.sample("l", self.library(cells).to_event(1))
-            h, rho = self.decoder(z, cells)
-            rho = pyro.deterministic("rho", rho, event_dim=1)
-            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+            h, logits = self.decoder(z, cells)
+            pyro.deterministic("rho", logits.softmax(-1), event_dim=1)
+            x = self.likelihood(h, cells.batch, logits=logits, total=l)
+            pyro.sample("x", x.to_event(1), obs=cells.x)
 
     def guide(self, cells: Cells) -> None:
         """Sample z and l given the counts."""

@@ -24,7 +24,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
+def shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(n_shares, n_rows, ...) on as many threads as torch has; numba's number is left as it was."""
     n_threads = 1 if _forked or n_entries < _ALONE else torch.get_num_threads()
     n_threads = min(n_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
