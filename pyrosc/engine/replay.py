@@ -15,9 +15,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyrosc.engine.compare import agree, restore
-from pyrosc.engine.fusing import fuse
 from pyrosc.engine.lower import shorten
-from pyrosc.engine.passes import simplify
+from pyrosc.engine.passes import fuse, simplify
 from pyrosc.engine.rng import seeded
 from pyrosc.engine.trace import traced
 

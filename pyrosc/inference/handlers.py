@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrosc.data.minibatch import Cells
 from pyrosc.data.schema import Schema
-from pyrosc.distributions.counts import without
+from pyrosc.distributions.cell import without
 from pyrosc.inference.contract import Program
 
 

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyrosc.data.minibatch import Cells, Resident
+from pyrosc.data.minibatch import Cells, DeviceCounts
 from pyrosc.engine.adam import Adam
 from pyrosc.engine.bfloat16 import LinearInBfloat16
 from pyrosc.engine.compare import agree, restore
@@ -39,8 +39,8 @@ class Problem:
     guide: Program
     elbo: ELBO
     modules: list[nn.Module]
-    train: Resident
-    validation: Resident | None
+    train: DeviceCounts
+    validation: DeviceCounts | None
     threads: Threads
 
 
