@@ -1,6 +1,6 @@
 """Steps that are replayed: the same bits as steps that are run, and what can't be recorded is run.
 
-The loop that `fuse` puts in rounds otherwise: see `test_fusing.py`. Here it is left out.
+The loop that `fuse` puts in rounds otherwise: see `test_passes.py`. Here it is left out.
 """
 
 import logging
@@ -18,8 +18,7 @@ from torch import nn
 
 from pyrosc import VAE, distributions, fit_svi
 from pyrosc.engine import replay
-from pyrosc.engine.fusing import fuse
-from pyrosc.engine.passes import simplify
+from pyrosc.engine.passes import fuse, simplify
 from pyrosc.engine.replay import NotRecordableError, gradients_of, recorded
 from pyrosc.engine.trace import traced
 from pyrosc.inference import loop, step

@@ -95,7 +95,7 @@ def density_of_row(
     total, average = 0.0, 0.0
     for start in range(0, n_genes, WIDE):
         stop = min(n_genes, start + WIDE)
-        share, slope, partial = logits[start:stop], by_mean[start:stop], F(0)
+        share, partial = logits[start:stop], F(0)
         for j in range(share.size):
             share[j] *= inverse
             mean[j] = size * share[j]
@@ -117,9 +117,12 @@ def density_of_row(
             for j in range(share.size):
                 s[D_MEAN + j] *= kept[start + j]
         for j in range(share.size):
-            slope[j] = s[D_MEAN + j]
-            partial += share[j] * slope[j]
+            partial += share[j] * s[D_MEAN + j]
         average += partial
+        if by_mean is not None:
+            slope = by_mean[start:stop]
+            for j in range(share.size):
+                slope[j] = s[D_MEAN + j]
         if d_theta is not None:
             add(weight, s[D_THETA:], d_theta[start:stop])
         if d_gate is not None:
@@ -129,10 +132,11 @@ def density_of_row(
             if d_gate_bias is not None:
                 add(F(1), by_gate, d_gate_bias[start:stop])
     scale, less = weight * size, F(average)
-    for j in range(n_genes):
-        logits[j] *= scale * (by_mean[j] - less)
-        if d_bias is not None:
-            d_bias[j] += logits[j]
+    if by_mean is not None:
+        for j in range(n_genes):
+            logits[j] *= scale * (by_mean[j] - less)
+            if d_bias is not None:
+                d_bias[j] += logits[j]
     return total, average
 
 
