@@ -1,4 +1,4 @@
-"""Cells, a minibatch: all that a model may see; DeviceCounts, counts on a device, of which minibatches come."""
+"""Cells, a minibatch: all that a model may see; DeviceCounts, on a device, of which minibatches come."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace

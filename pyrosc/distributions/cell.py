@@ -1,4 +1,4 @@
-"""The counts of a cell as one event: their log densities summed over genes, in one pass where that is compiled.
+"""The counts of a cell as one event: log densities summed over genes, in one pass where that is compiled.
 
 On a CPU that is one compiled loop (`engine/cpu`), from logits and totals or from means, on CUDA a kernel for
 means (`engine/cuda`); elsewhere, and for counts of shapes that no loop takes, the torch operations of
@@ -151,7 +151,7 @@ class _OfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parameters, slopes, shape = ctx.saved_tensors[:4], ctx.saved_tensors[4:], ctx.shape
-        logits, total, theta, gate = parameters
+        logits, _, theta, gate = parameters
         of_genes = [p is not None and _is_of_genes(p.shape, shape) for p in (logits, theta, gate)]
         with torch.no_grad():
             rows = grad.reshape(-1)

@@ -1,4 +1,4 @@
-"""Log densities of counts entry by entry, each with its partial derivatives in closed form, in torch operations.
+"""Log densities of counts entry by entry, with partial derivatives in closed form, in torch operations.
 
 Each log density is written twice: at a zero, where it is simple and is evaluated densely, and at a positive
 count, where it needs special functions and is evaluated in float64 for just those entries (a tenth of a

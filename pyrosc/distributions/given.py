@@ -1,4 +1,4 @@
-"""What a count distribution was given: a mean, or what a decoder emits, logits of the genes' shares and a total."""
+"""What a count distribution was given: a mean, or what a decoder emits, logits of shares and a total."""
 
 from typing import Any, NamedTuple
 

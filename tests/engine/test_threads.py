@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyrosc.engine.cpu import threads
-from pyrosc.engine.cpu.threads import SMALL, given, kept, set_here, shared
+from pyrosc.engine.cpu.threads import SMALL, kept, set_here, shared
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="numba and torch share an OpenMP library on Linux")
 
@@ -44,42 +44,35 @@ def run(code, **environment):
 # --- what torch was given
 
 LAUNCH = "numba.get_num_threads()\n"
-RAISED = "assert torch.get_num_threads() == 3, 'numba does so no longer'\n"
-STARTS = {
-    "environment": (
-        "import torch, numba; torch.get_num_threads()\n" + LAUNCH + RAISED,
-        {"OMP_NUM_THREADS": "1"},
-    ),
-    "numba first": ("import numba\n" + LAUNCH + "import torch\n", {"OMP_NUM_THREADS": "1"}),
-    "set by hand": (
-        "import torch, numba; torch.set_num_threads(1); torch.get_num_threads()\n" + LAUNCH + RAISED,
-        {},
-    ),
+SET_BY_IT = LAUNCH + "assert torch.get_num_threads() == 3, 'numba does so no longer'\n"
+BY_HAND = "import torch, numba; torch.set_num_threads({}); torch.get_num_threads()\n"
+FEWER = "from pyrosc.engine.cpu.threads import set_here; set_here(2)\n"
+STARTS = {  # what is run, with OMP_NUM_THREADS=1, and what torch was given
+    "environment": ("import torch, numba; torch.get_num_threads()\n" + SET_BY_IT, 1),
+    "numba first": ("import numba\n" + LAUNCH + "import torch\n", 1),
+    "set by hand": (BY_HAND.format(2) + SET_BY_IT, 2),
+    "more than numba": (BY_HAND.format(5) + SET_BY_IT, 5),
+    "fewer in this thread": (BY_HAND.format(5) + LAUNCH + FEWER, 2),
 }
 
 
 @linux
 @pytest.mark.parametrize("start", STARTS)
 def test_what_torch_was_given_holds_after_numba_has_launched_its_pool(start):
-    first, environment = STARTS[start]
+    first, expected = STARTS[start]
     out = run(
-        ENGINE_ALONE + first + "from pyrosc.engine.cpu.threads import given, kept, set_here\n"
-        "assert given() == 1\n"
-        "with kept() as number:\n"
-        "    assert number == torch.get_num_threads() == given() == 1\n"
-        "assert torch.get_num_threads() == 1\n"  # for others too
-        "torch.set_num_threads(2)\n"
-        "assert given() == 2\n"
-        "torch.set_num_threads(5)\n"
-        "set_here(3)\n"  # as a launch does
-        "assert given() == 5\n"
-        "set_here(2)\n"  # as nobody does who does not want it
-        "assert given() == 2\n"
-        "print('done')\n",
+        ENGINE_ALONE
+        + first
+        + "from pyrosc.engine.cpu.threads import kept\n"
+        + "for later in 4, 3, 1:\n"
+        + "    with kept() as found:\n"
+        + "        print(found, torch.get_num_threads(), end=' ')\n"
+        + "    print(torch.get_num_threads())\n"  # for others too
+        + "    torch.set_num_threads(later)\n",
         NUMBA_NUM_THREADS="3",
-        **environment,
+        OMP_NUM_THREADS="1",
     )
-    assert out == "done\n"
+    assert out == f"{expected} {expected} {expected}\n4 4 4\n3 3 3\n"
 
 
 @linux
@@ -111,7 +104,8 @@ def test_a_fit_and_questions_run_on_what_torch_was_given():
         "fit = pyrosc.fit_svi(model, data, epochs=2, progress=False)\n"
         "print(seen, torch.get_num_threads())\n"
         "seen.clear()\n"
-        "pyrosc.engine.cpu.threads.set_here(3)\n"  # as a launch does
+        "pyrosc.engine.cpu.threads._checked.here = False\n"  # as if the launch were now
+        "pyrosc.engine.cpu.threads.set_here(3)\n"
         "pyrosc.latent(fit, data)\n"
         "print(seen, torch.get_num_threads())\n",
         NUMBA_NUM_THREADS="3",
@@ -152,10 +146,10 @@ def test_no_more_than_there_are_cores_and_one_for_small_work(monkeypatch):
         with kept() as number:
             assert number == 4
             set_here(3)
-        assert torch.get_num_threads() == given() == 4
+        assert torch.get_num_threads() == 4
         with pytest.raises(KeyboardInterrupt), kept(1):
             raise KeyboardInterrupt
-        assert torch.get_num_threads() == given() == 4
+        assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(1)
 

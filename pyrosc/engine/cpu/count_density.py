@@ -130,7 +130,7 @@ def _stirling(z: float) -> tuple[float, float]:
 @exact_piece
 @no_type_check
 def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
-    """Return the log of Gamma(theta + x) / Gamma(theta), and its slope in theta: see `distributions/density.py`."""
+    """Return the log of Gamma(theta + x) / Gamma(theta), and its slope: see `distributions/density.py`."""
     a, b = theta, theta + x
     factors, slope = 1.0, 0.0
     for _ in range(6):

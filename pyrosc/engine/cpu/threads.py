@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ SMALL = 1 << 15
 _SHARES = 4  # of the rows, for each thread
 
 _LOOP, _SETTING = Lock(), Lock()
+_checked = local()
 _forked = False
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def kept(n_entries: int | None = None) -> Iterator[int]:
     int
         How many threads these are. Last digits of sums and products depend on it.
     """
-    before = given()
+    _undo_launch()
+    before = torch.get_num_threads()
     if _forked or (n_entries is not None and n_entries < SMALL):
         number = 1
     else:
@@ -69,10 +71,15 @@ def kept(n_entries: int | None = None) -> Iterator[int]:
         set_here(before)
 
 
-def given() -> int:
-    """Return the number of threads that torch has in this thread, or had before numba changed it."""
+def _undo_launch() -> None:
+    """Give torch back, in this thread, the number that numba's launch of its pool has changed: once."""
+    if getattr(_checked, "here", False) or (numbas := _set_by_numba()) is None:
+        return
     here, new = torch.get_num_threads(), _in_a_new_thread(torch.get_num_threads)
-    return new if here > new or here == _set_by_numba() else here
+    # Fewer than torch was given, and not numba's number, are somebody's wish. (MKL may have cut numba's.)
+    if here > new or here == numbas:
+        set_here(new)
+    _checked.here = True
 
 
 def set_here(number: int) -> None:
