@@ -4,8 +4,8 @@ Each log density is written twice: at a zero, where it is simple and is evaluate
 count, where it needs special functions and is evaluated in float64 for just those entries (a tenth of a
 typical count matrix). These are the reference that the compiled loops over whole cells are compared with.
 
-Partial derivatives are computed with the density, only those that are wanted, and autograd differentiates none
-of it: a log density is differentiable once.
+Partial derivatives are computed with the density, only those that are wanted, and autograd differentiates
+none of it: a log density is differentiable once.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a librar
 
 ONCE = (
     "pyrosc's densities of counts are differentiable once: their slopes are closed forms. For second "
-    "derivatives use Pyro's of the same counts, dist.Poisson(mean), dist.GammaPoisson(theta, theta / mean) and "
-    "dist.ZeroInflatedDistribution(base, gate_logits=...), which torch differentiates as often as you like"
+    "derivatives use Pyro's of the same counts, dist.Poisson(mean), dist.GammaPoisson(theta, theta / mean) "
+    "and dist.ZeroInflatedDistribution(base, gate_logits=...), which torch differentiates as often as you like"
 )
 
 # The log densities at zero and at a positive count x, each with its partial derivatives, computed only if

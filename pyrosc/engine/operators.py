@@ -1,4 +1,4 @@
-"""The loops as operators of torch's own: their schemas, what runs them on a CPU, and the shapes of their results.
+"""The loops as operators of torch's own: schemas, what runs them on a CPU, and the shapes of results.
 
 A recorded step holds each as one operation that is not looked into. Gradients are no part of the operators:
 the autograd Functions that call them know which slopes are wanted, and only these are computed; what is

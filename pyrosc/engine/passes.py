@@ -1,9 +1,9 @@
-"""Rewrites of a recorded step: what nobody reads goes, and log densities are computed with their slopes at once.
+"""Rewrites of a recorded step: what nobody reads goes; log densities are computed with their slopes.
 
 A log density is two operators, `softmax_density` and, on the way back, `softmax_density_backward`, which
-multiplies its slopes by the gradients of the rows. Those of an ELBO are known from the start: they are the scales
-of the site. Then one operator does both in one loop, and writes the slopes over the logits if nobody else
-reads these.
+multiplies its slopes by the gradients of the rows. Those of an ELBO are known from the start: they are the
+scales of the site. Then one operator does both in one loop, and writes the slopes over the logits if nobody
+else reads these.
 """
 
 from operator import getitem

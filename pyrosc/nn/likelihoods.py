@@ -1,7 +1,7 @@
 """Likelihoods p(x given z) of counts: modules that add to a mean what else a distribution needs.
 
-The mean is what the decoder emits, ``logits=`` of the genes' shares and a ``total=``, or ``mean=`` itself; the
-distribution is given it as it is.
+The mean is what the decoder emits, ``logits=`` of the genes' shares and a ``total=``, or ``mean=`` itself;
+the distribution is given it as it is.
 """
 
 from typing import Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""Whole cells by logits and totals: the same as by means, in one loop; once differentiable, and it says so."""
+"""Whole cells by logits and totals: the same as by means, in one loop; once differentiable, as it says."""
 
 import math
 

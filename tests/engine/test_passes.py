@@ -1,4 +1,4 @@
-"""Log densities and their slopes at once: what a recorded step did before, but for rounding, and only there."""
+"""Log densities and their slopes at once: what a recorded step did before, but for rounding."""
 
 import contextlib
 

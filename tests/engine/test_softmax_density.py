@@ -162,7 +162,7 @@ def test_the_number_of_threads_changes_no_bit(way):
 @ALL
 def test_arguments_are_read_and_not_written(name):
     arguments = example(5, 600, name)
-    logits, _, gate, _, total, x, theta, kept, weight = arguments
+    logits, _, gate, _, total, x, theta, kept, _ = arguments
     before = [None if t is None else t.clone() for t in arguments]
     wanted = [True, theta is not None, gate is not None]
     softmax_density(logits, total, x, theta, gate, kept, wanted)
@@ -172,7 +172,7 @@ def test_arguments_are_read_and_not_written(name):
 
 @ALL
 def test_slopes_that_nobody_wants_are_empty(name):
-    logits, _, gate, _, total, x, theta, kept, weight = example(5, 600, name)
+    logits, _, gate, _, total, x, theta, kept, _ = example(5, 600, name)
     all_ = softmax_density(logits, total, x, theta, gate, kept, [True, theta is not None, gate is not None])
     for wanted in ([False] * 3, [True, False, False], [False, theta is not None, False]):
         log_p, d_logits, d_total, d_theta, d_gate = softmax_density(

@@ -1,8 +1,9 @@
 """The log density of rows of counts given their means, and its slopes: one pass over the entries.
 
 The formulas are those of `distributions/density.py`, where they are explained; in torch operations they are
-thirty passes. Every entry has what a zero says, in float32; the positive counts, a tenth of them, are gathered
-and have theirs in float64. Rows are shared among torch's threads; the result does not depend on how many.
+thirty passes. Every entry has what a zero says, in float32; the positive counts, a tenth of them, are
+gathered and have theirs in float64. Rows are shared among torch's threads; the result does not depend on how
+many.
 """
 
 import math

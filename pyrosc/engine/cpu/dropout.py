@@ -1,4 +1,4 @@
-"""What units are multiplied with in dropout: 0, or what keeps the mean. (What torch draws are other numbers.)"""
+"""What units are multiplied with in dropout: 0, or what keeps the mean; torch itself draws other numbers."""
 
 from typing import Any, no_type_check
 

@@ -1,7 +1,7 @@
-"""log1p(x) @ weight, and its gradient in the weight, for counts of which most are zero: a look-up of the others.
+"""log1p(x) @ weight, and its gradient in the weight, for counts of which most are zero: a look-up.
 
-The entries that are not zero are listed twice, each a CSR matrix of its own for torch's embedding_bag: cell by
-cell for the product, and gene by gene for the gradient.
+The entries that are not zero are listed twice, each a CSR matrix of its own for torch's embedding_bag: cell
+by cell for the product, and gene by gene for the gradient.
 """
 
 from typing import Any, no_type_check
