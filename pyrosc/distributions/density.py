@@ -23,32 +23,32 @@ _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a librar
 ONCE = (
     "pyrosc's densities of counts are differentiable once: their slopes are closed forms. For second "
     "derivatives use Pyro's of the same counts, dist.Poisson(mean), dist.GammaPoisson(theta, theta / mean) "
-    "and dist.ZeroInflatedDistribution(base, gate_logits=...), which torch differentiates as often as you like"
+    "and dist.ZeroInflatedDistribution(base, gate_logits=...), which torch differentiates again"
 )
 
 # The log densities at zero and at a positive count x, each with its partial derivatives, computed only if
 # called. mu: mean, theta: inverse dispersion, log_p0: the base's log density, g: logit of dropout.
 
-Terms = tuple[Tensor, *tuple[Callable[[], Tensor], ...]]
-Density = tuple[Callable[..., Terms], Callable[..., Terms]]
+_Terms = tuple[Tensor, *tuple[Callable[[], Tensor], ...]]
+_Density = tuple[Callable[..., _Terms], Callable[..., _Terms]]
 
 
-def _poisson_at_zero(mu: Tensor) -> Terms:
+def _poisson_at_zero(mu: Tensor) -> _Terms:
     return -mu, lambda: mu.new_full((), -1.0)
 
 
-def _poisson_at_count(x: Tensor, mu: Tensor) -> Terms:
+def _poisson_at_count(x: Tensor, mu: Tensor) -> _Terms:
     mu = mu.clamp(min=_SMALLEST_MEAN)
     return x * mu.log() - mu - torch.lgamma(x + 1), lambda: ((x - mu) / mu).clamp(max=_STEEPEST)
 
 
-def _negative_binomial_at_zero(mu: Tensor, theta: Tensor) -> Terms:
+def _negative_binomial_at_zero(mu: Tensor, theta: Tensor) -> _Terms:
     log1p_ratio = (mu / theta).log1p()
     total = mu + theta
     return -theta * log1p_ratio, lambda: -theta / total, lambda: _less_log1p_ratio(mu / total, log1p_ratio)
 
 
-def _negative_binomial_at_count(x: Tensor, mu: Tensor, theta: Tensor) -> Terms:
+def _negative_binomial_at_count(x: Tensor, mu: Tensor, theta: Tensor) -> _Terms:
     mu = mu.clamp(min=_SMALLEST_MEAN)
     log1p_ratio = (mu / theta).log1p()
     total = mu + theta
@@ -61,7 +61,7 @@ def _negative_binomial_at_count(x: Tensor, mu: Tensor, theta: Tensor) -> Terms:
     )
 
 
-def _zero_inflated_at_zero(log_p0: Tensor, g: Tensor) -> Terms:
+def _zero_inflated_at_zero(log_p0: Tensor, g: Tensor) -> _Terms:
     p_kept = torch.sigmoid(-g)
     p_positive = p_kept * -log_p0.expm1()
     # Where p(0) is near 1, its log needs p(x > 0) to full relative accuracy; near 0, the sum in log space.
@@ -73,13 +73,13 @@ def _zero_inflated_at_zero(log_p0: Tensor, g: Tensor) -> Terms:
     )
 
 
-def _zero_inflated_at_count(x: Tensor, log_p0: Tensor, g: Tensor) -> Terms:
+def _zero_inflated_at_count(x: Tensor, log_p0: Tensor, g: Tensor) -> _Terms:
     return log_p0 - softplus(g), lambda: torch.ones_like(x), lambda: -torch.sigmoid(g)
 
 
-POISSON: Density = (_poisson_at_zero, _poisson_at_count)
-NEGATIVE_BINOMIAL: Density = (_negative_binomial_at_zero, _negative_binomial_at_count)
-ZERO_INFLATED: Density = (_zero_inflated_at_zero, _zero_inflated_at_count)
+POISSON: _Density = (_poisson_at_zero, _poisson_at_count)
+NEGATIVE_BINOMIAL: _Density = (_negative_binomial_at_zero, _negative_binomial_at_count)
+ZERO_INFLATED: _Density = (_zero_inflated_at_zero, _zero_inflated_at_count)
 
 
 def _less_log1p_ratio(s: Tensor, log1p_ratio: Tensor) -> Tensor:
@@ -128,11 +128,11 @@ def _polynomial(x: Tensor, *coefficients: float) -> Tensor:
 
 # --- evaluating them
 
-SMALL = 2**15
+_SMALL = 2**15
 """Entries up to which a density is evaluated at all of them, instead of looking up the positive counts."""
 
 
-def log_prob_of(density: Density, batch_shape: Size, value: Tensor, *parameters: Tensor) -> Tensor:
+def log_prob_of(density: _Density, batch_shape: Size, value: Tensor, *parameters: Tensor) -> Tensor:
     """Return the log density of each count, in nats, in the broadcast shape of counts and batch shape."""
     if not torch.is_grad_enabled():
         parameters = tuple(p.detach() for p in parameters)  # so that no partial derivative is computed
@@ -144,13 +144,13 @@ class _ClosedForm(torch.autograd.Function):
     """A log density of counts whose gradients are the closed forms it comes with."""
 
     @staticmethod
-    def forward(ctx: Any, density: Density, value: Tensor, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, density: _Density, value: Tensor, *parameters: Tensor) -> Any:
         at_zero, at_count = density
         ctx.wanted, ctx.shapes = ctx.needs_input_grad[2:], [p.shape for p in parameters]
         shape = torch.broadcast_shapes(value.shape, *ctx.shapes)
         zeros = [y.expand(shape) for y in _evaluate(at_zero(*parameters), ctx.wanted)]
         # A lookup would have CUDA wait for the host, and no recording of a step can hold it.
-        if value.is_cuda or shape.numel() <= SMALL:
+        if value.is_cuda or shape.numel() <= _SMALL:
             counts = _evaluate(at_count(*map(_widen, (value, *parameters))), ctx.wanted)
             terms = [torch.where(value == 0, y, at.to(y.dtype)) for y, at in zip(zeros, counts, strict=True)]
         else:
@@ -174,7 +174,7 @@ class _ClosedForm(torch.autograd.Function):
         return None, None, *only_once(slopes, [grad, *parameters], ONCE)
 
 
-def _evaluate(terms: Terms, wanted: Sequence[bool]) -> list[Tensor]:
+def _evaluate(terms: _Terms, wanted: Sequence[bool]) -> list[Tensor]:
     log_prob, *partials = terms
     return [log_prob, *(partial() for partial, want in zip(partials, wanted, strict=True) if want)]
 

@@ -28,7 +28,7 @@ def kernels() -> Any:
 
 
 @cache
-def on_cuda() -> Any:
+def _on_cuda() -> Any:
     """Return the module `cuda.count_density`; None, and a word in the log, where Triton can't compile it."""
     try:
         from pyrosc.engine.cuda import count_density
@@ -47,8 +47,8 @@ def log_density_for(counts: Tensor, parameters: Sequence[Tensor | None]) -> Call
     device = _device_of(counts, parameters)
     if device == "cpu" and kernels():
         return torch.ops.pyrosc.log_density
-    if device == "cuda" and on_cuda():
-        return on_cuda().log_density
+    if device == "cuda" and _on_cuda():
+        return _on_cuda().log_density
     return None
 
 

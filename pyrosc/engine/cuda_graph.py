@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrosc.engine.compare import restore
-from pyrosc.engine.replay import NotPureError, NotRecordableError
+from pyrosc.engine.replay import NotRecordableError
 from pyrosc.engine.rng import seeded
 
 
@@ -55,7 +55,7 @@ class CudaGraph:
 
             if not agree(outcome(step), outcome(self), partial(outcome, step), state):
                 msg = "a replay on other cells differs: a program does what no tensor operation shows"
-                raise NotPureError(msg)
+                raise NotRecordableError(msg, impure=True)
         except NotRecordableError:
             raise
         except RuntimeError as error:  # (torch's own, of what a capture can't hold, among them)

@@ -14,7 +14,7 @@ from pyrosc.distributions.cell import without
 from pyrosc.inference.contract import Program
 
 
-class LeaveOut(Messenger):
+class _LeaveOut(Messenger):
     """Leaves genes out of the density of the counts, of whatever site observes them.
 
     Parameters
@@ -44,7 +44,7 @@ def leaving_out(model: Program, schema: Schema) -> Program:
 
     @functools.wraps(model)
     def run(cells: Cells) -> Any:
-        with LeaveOut(kept, cells.x):
+        with _LeaveOut(kept, cells.x):
             return model(cells)
 
     run.__self__ = getattr(model, "__self__", model)  # type: ignore[attr-defined]  # whose parts it runs

@@ -28,7 +28,7 @@ from pyrosc.inference.elbo import check_estimator, checked_loss, loss_and_kl, of
 from pyrosc.inference.isolation import own_parameters
 from pyrosc.inference.step import Problem, Step, as_in_training
 
-CHECK_EVERY = 100
+_CHECK_EVERY = 100
 """Replayed steps after which one is taken both ways: about 2% of their time."""
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
                 if stretch is None or step.agrees(_rows_to_check(problem, step)):
                     raise
             over = interrupted or _is_over(done, step)
-            if stretch is not None and (over or step.taken - stretch.taken >= CHECK_EVERY):
+            if stretch is not None and (over or step.taken - stretch.taken >= _CHECK_EVERY):
                 if not step.agrees(_rows_to_check(problem, step)):
                     done, over = _gone_back(stretch, step), interrupted
                     if interrupted and not done.rows:

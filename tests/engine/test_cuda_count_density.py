@@ -113,18 +113,18 @@ def test_without_triton_torch_does_the_same(monkeypatch, caplog):
         raise RuntimeError("no device\nhere")
 
     monkeypatch.setattr(torch, "ones", fail)
-    backends.on_cuda.cache_clear()
+    backends._on_cuda.cache_clear()
     try:
-        assert backends.on_cuda() is None
+        assert backends._on_cuda() is None
     finally:
-        backends.on_cuda.cache_clear()
+        backends._on_cuda.cache_clear()
     assert "Triton cannot be used (no device)" in caplog.text
 
 
 @GPU
 @ALL
 def test_on_a_device(name):
-    assert backends.on_cuda(), "Triton does not compile here"
+    assert backends._on_cuda(), "Triton does not compile here"
     parameters, x = example(name, 64, 1025)
     check_there(name, x, parameters)
 

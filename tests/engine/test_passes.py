@@ -17,7 +17,7 @@ from pyrosc.engine.passes import fuse, simplify
 from pyrosc.engine.replay import gradients_of, recorded
 from pyrosc.engine.trace import traced
 from pyrosc.inference.contract import pair
-from pyrosc.inference.elbo import weighted_loss
+from pyrosc.inference.elbo import _weighted_loss
 from pyrosc.inference.isolation import validating
 
 LIKELIHOODS = pytest.mark.parametrize("likelihood", ["poisson", "nb", "zip", "zinb"])
@@ -42,7 +42,7 @@ def replayed(data, monkeypatch):
 
         def loss(cells, weight):
             with how():
-                return weighted_loss(estimate, model, guide, cells, weight)
+                return _weighted_loss(estimate, model, guide, cells, weight)
 
         gradients = gradients_of(loss, parameters)
         replay = recorded(gradients, state, lambda: here, lambda: there, torch.tensor(1.0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyrosc.engine.cpu import threads
-from pyrosc.engine.cpu.threads import SMALL, kept, set_here, shared
+from pyrosc.engine.cpu.threads import _SMALL, kept, set_here, shared
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="numba and torch share an OpenMP library on Linux")
 
@@ -138,9 +138,9 @@ def test_no_more_than_there_are_cores_and_one_for_small_work(monkeypatch):
     try:
         with kept() as number:
             assert number == torch.get_num_threads() == 2
-        with kept(SMALL) as number:
+        with kept(_SMALL) as number:
             assert number == 2
-        with kept(SMALL - 1) as number:
+        with kept(_SMALL - 1) as number:
             assert number == torch.get_num_threads() == 1
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
         with kept() as number:
@@ -172,14 +172,14 @@ def test_as_many_threads_are_used_as_torch_has(monkeypatch):
     loop = noted(seen)
     before = numba.get_num_threads()
     torch.set_num_threads(1)  # (this may have been the launch)
-    shared(loop, 100, SMALL)
+    shared(loop, 100, _SMALL)
     torch.set_num_threads(2)
     try:
-        shared(loop, 100, SMALL - 1)
-        shared(loop, 100, SMALL)
-        shared(loop, 3, SMALL)
+        shared(loop, 100, _SMALL - 1)
+        shared(loop, 100, _SMALL)
+        shared(loop, 3, _SMALL)
         monkeypatch.setattr(threads, "_forked", True)
-        shared(loop, 100, SMALL)
+        shared(loop, 100, _SMALL)
     finally:
         torch.set_num_threads(1)
     assert numba.get_num_threads() == before
@@ -198,7 +198,7 @@ def test_the_number_of_threads_is_left_where_a_loop_fails():
     try:
         for _ in range(2):  # (the turn is given back too)
             with pytest.raises(KeyboardInterrupt):
-                shared(loop, 10, SMALL)
+                shared(loop, 10, _SMALL)
     finally:
         torch.set_num_threads(1)
     assert numba.get_num_threads() == before
@@ -214,7 +214,7 @@ def test_the_second_of_two_callers_works_alone():
     def second():
         assert began.wait(60)
         torch.set_num_threads(2)
-        shared(loop, 10, SMALL)
+        shared(loop, 10, _SMALL)
         done.set()
 
     seen, began, done = [], Event(), Event()
@@ -223,7 +223,7 @@ def test_the_second_of_two_callers_works_alone():
     thread.start()
     torch.set_num_threads(2)
     try:
-        shared(loop, 10, SMALL)
+        shared(loop, 10, _SMALL)
     finally:
         torch.set_num_threads(1)
         thread.join()

@@ -20,7 +20,7 @@ import torch
 
 from pyrosc.engine.cpu.cores import n_cores
 
-SMALL = 1 << 15
+_SMALL = 1 << 15
 """Entries (cells x genes) below which several threads are no sooner done, and far later on busy cores."""
 
 _SHARES = 4  # of the rows, for each thread
@@ -60,7 +60,7 @@ def kept(n_entries: int | None = None) -> Iterator[int]:
     """
     _undo_launch()
     before = torch.get_num_threads()
-    if _forked or (n_entries is not None and n_entries < SMALL):
+    if _forked or (n_entries is not None and n_entries < _SMALL):
         number = 1
     else:
         number = before if "OMP_NUM_THREADS" in os.environ else min(before, n_cores())
@@ -124,7 +124,7 @@ def _pool() -> int:
 
 def shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(n_shares, n_rows, ...) on as many threads as torch has; numba's number is left as it was."""
-    n_threads = 1 if _forked or n_entries < SMALL else torch.get_num_threads()
+    n_threads = 1 if _forked or n_entries < _SMALL else torch.get_num_threads()
     if n_threads > 1:
         n_threads = min(n_threads, _pool())
     # Not every thread layer of numba bears two callers at once: the second works alone.
