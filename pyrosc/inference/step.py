@@ -196,7 +196,8 @@ class Step:
 
     def _fingerprint(self) -> dict[str, Any]:
         problem = self.problem
-        programs = [problem.model, problem.guide, problem.elbo, *problem.modules, pyro.get_param_store()]
+        store = dict(pyro.get_param_store().get_state()["params"])
+        programs = [problem.model, problem.guide, problem.elbo, *problem.modules, store]
         return fingerprint(programs, self.trained)
 
 

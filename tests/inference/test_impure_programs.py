@@ -112,8 +112,8 @@ def test_a_program_is_fitted_as_if_no_step_was_replayed(name, caplog):
         assert fit.found.replayed is not True
 
 
-# What a look at a program's state does not show, and a step at a check needs not: time, names of objects, what
-# only a few steps do. Whoever promises that such a program is pure is believed.
+# What a look at a program's state does not show, and a step at a check need not: time, names of objects,
+# what only a few steps do. Whoever promises that such a program is pure is believed.
 UNSEEN = {"Clock", "Uuid", "IdOfATensor", "CholeskyWithJitter"}
 
 
