@@ -196,9 +196,10 @@ class Step:
 
     def _fingerprint(self) -> dict[str, Any]:
         problem = self.problem
-        store = dict(pyro.get_param_store().get_state()["params"])
-        programs = [problem.model, problem.guide, problem.elbo, *problem.modules, store]
-        return fingerprint(programs, self.trained)
+        programs = [problem.model, problem.guide, problem.elbo, *problem.modules]
+        store = pyro.get_param_store().get_state()["params"]
+        kept = {"the parameter store": {name: id(tensor) for name, tensor in store.items()}}
+        return fingerprint(programs, self.trained) | kept
 
 
 def as_in_training(modules: list[nn.Module]) -> None:
