@@ -194,14 +194,20 @@ def test_the_number_of_threads_is_left_where_a_loop_fails():
 
     loop.alone = loop
     before = numba.get_num_threads()
+    numba.set_num_threads(1)
     torch.set_num_threads(2)
     try:
         for _ in range(2):  # (the turn is given back too)
             with pytest.raises(KeyboardInterrupt):
+<<<<<<< HEAD
                 shared(loop, 10, _SMALL)
+=======
+                shared(loop, 10, SMALL)
+        assert numba.get_num_threads() == 1
+>>>>>>> threads
     finally:
         torch.set_num_threads(1)
-    assert numba.get_num_threads() == before
+        numba.set_num_threads(before)
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="numba has one thread")
