@@ -199,12 +199,8 @@ def test_the_number_of_threads_is_left_where_a_loop_fails():
     try:
         for _ in range(2):  # (the turn is given back too)
             with pytest.raises(KeyboardInterrupt):
-<<<<<<< HEAD
                 shared(loop, 10, _SMALL)
-=======
-                shared(loop, 10, SMALL)
         assert numba.get_num_threads() == 1
->>>>>>> threads
     finally:
         torch.set_num_threads(1)
         numba.set_num_threads(before)

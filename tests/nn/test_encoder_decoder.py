@@ -6,11 +6,7 @@ from torch import nn
 import pyrosc
 from pyrosc.nn.covariates import Covariates, beside
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-<<<<<<< HEAD
-from pyrosc.nn.layers import MLP, BatchNorm
-=======
 from pyrosc.nn.layers import MLP, BatchNorm, _normalisation
->>>>>>> refs/heads/tests
 
 
 def cells_of(data, n=6):
@@ -55,11 +51,7 @@ def test_batch_norm_of_a_single_row_uses_the_running_moments():
     assert trained.abs().sum() > 0
 
 
-<<<<<<< HEAD
-def testnormalisation_by_name():
-=======
 def test_normalisation_by_name():
->>>>>>> refs/heads/tests
     assert isinstance(_normalisation("layer", 3), nn.LayerNorm)
     assert isinstance(_normalisation("batch", 3), BatchNorm)
     assert isinstance(_normalisation(None, 3), nn.Identity)
