@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
-from pyrosc import distributions
+from pyrosc.distributions import density
 from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated
 
 mpmath.mp.dps = 50
@@ -142,9 +142,9 @@ def test_lookup_and_mask_agree(name, monkeypatch):
     make, _, grids = CASES[name]
     x, *parameters = columns(itertools.product(COUNTS, *grids))
     called = []
-    monkeypatch.setattr(distributions, "SMALL", 0)  # these few entries are to be looked up
-    lookup = distributions._positive_entries
-    monkeypatch.setattr(distributions, "_positive_entries", lambda *a: called.append(a) or lookup(*a))
+    monkeypatch.setattr(density, "SMALL", 0)  # these few entries are to be looked up
+    lookup = density._positive_entries
+    monkeypatch.setattr(density, "_positive_entries", lambda *a: called.append(a) or lookup(*a))
     for dtype in (torch.float32, torch.float64):
         x, parameters = x.to(dtype), [p.to(dtype) for p in parameters]
         want = value_and_gradients(make, x, parameters)
@@ -362,8 +362,8 @@ def test_base_with_events_is_refused():
 def test_only_needed_gradients_are_computed(monkeypatch):
     parameters, x = example("nb")
     calls = []
-    original = distributions._less_log1p_ratio
-    monkeypatch.setattr(distributions, "_less_log1p_ratio", lambda *a: calls.append(a) or original(*a))
+    original = density._less_log1p_ratio
+    monkeypatch.setattr(density, "_less_log1p_ratio", lambda *a: calls.append(a) or original(*a))
     mean, theta = (p.requires_grad_() for p in parameters)
     NegativeBinomial(mean, theta.detach()).log_prob(x).sum().backward()
     with torch.no_grad():

@@ -202,7 +202,9 @@ class LooksAtLogits(Written):
         return logits
 
 
-class ViewOfLogits(Written):
+class PartOfLogits(Written):
+    """A copy is made of it, which nobody else reads."""
+
     def __init__(self, n_genes):
         super().__init__(n_genes)
         self.decoder = nn.Linear(2, 2 * n_genes)
@@ -211,6 +213,15 @@ class ViewOfLogits(Written):
         both = super().logits(z)
         pyro.factor("small", -both.square().mean(-1))
         return both.view(*z.shape[:-1], 2, -1)[..., 0, :]
+
+
+class ViewOfLogits(Written):
+    """Who writes over it writes over what another reads."""
+
+    def logits(self, z):
+        logits = super().logits(z)
+        pyro.factor("small", -logits.square().mean(-1))
+        return logits.view(1, *logits.shape)[0]
 
 
 class ThetaOfEachCell(Written):
@@ -262,11 +273,12 @@ class TwoDecoders(Written):
         (SumOfLogits, 1),
         (OfParameters, 1),
         (TwoDecoders, 2),
+        (PartOfLogits, 1),
+        (ViewOfLogits, 0),
         (FrozenDecoder, 1),
         (TheParameters, 0),
         (LooksAtShares, 0),
         (LooksAtLogits, 0),
-        (ViewOfLogits, 0),
         (ThetaOfEachCell, 0),
         (OneTotal, 0),
         (ByTheMean, 0),
@@ -289,11 +301,12 @@ def test_it_is_left_where_gradients_of_rows_depend_on_their_densities():
         return torch.autograd.grad(log_p.logsumexp(0), logits)
 
     h, weight, total, x = pairs.wave(5, 3), pairs.wave(3, 7), torch.full((5, 1), 20.0), torch.ones(5, 7)
-    graph = traced(slopes, (h, weight, total, x))
-    simplify(graph)
-    fuse(graph.graph)
-    names = [str(node.target) for node in graph.graph.nodes]
-    assert "pyrosc.softmax_density_backward.default" in names
-    assert AT_ONCE not in names
-    graph.recompile()
-    torch.testing.assert_close(graph(h, weight, total, x), slopes(h, weight, total, x))
+    with validating(on=False):
+        graph = traced(slopes, (h, weight, total, x))
+        simplify(graph)
+        fuse(graph.graph)
+        names = [str(node.target) for node in graph.graph.nodes]
+        assert "pyrosc.softmax_density_backward.default" in names
+        assert AT_ONCE not in names
+        graph.recompile()
+        torch.testing.assert_close(graph(h, weight, total, x), slopes(h, weight, total, x))

@@ -120,6 +120,14 @@ def test_beside_broadcasts_over_draws():
 # --- encoder and decoder
 
 
+def test_the_first_layer_takes_the_entries_of_the_counts_that_it_is_given(rich, monkeypatch):
+    given, cells = [], cells_of(rich)
+    encoder = Encoder(40, 3, Covariates(), (8,), norm=None, dropout=0.0)
+    monkeypatch.setattr(encoder.body[0].counts, "forward", lambda *a: given.append(a) or torch.zeros(6, 8))
+    encoder(cells)
+    assert given == [(cells.x, cells.entries)]
+
+
 def test_encoder_gives_a_normal_of_each_cell(rich):
     encoder = Encoder(40, 3, Covariates.for_data(rich), (8,))
     q = encoder(cells_of(rich))
@@ -145,17 +153,16 @@ def test_encoder_scale_stays_positive_and_finite(data):
 
 
 @pytest.mark.parametrize("draws", [(), (1,), (3,), (2, 3)])
-def test_decoder_broadcasts_over_draws_and_its_shares_sum_to_one(rich, draws):
+def test_decoder_broadcasts_over_draws(rich, draws):
     decoder = Decoder(2, 40, Covariates.for_data(rich), (8,)).eval()
     cells = cells_of(rich)
     z = torch.randn(*draws, 6, 2)
-    h, rho = decoder(z, cells)
+    h, logits = decoder(z, cells)
     assert h.shape == (*draws, 6, decoder.n_out)
-    assert rho.shape == (*draws, 6, 40)
-    torch.testing.assert_close(rho.sum(-1), torch.ones(*draws, 6))
+    assert logits.shape == (*draws, 6, 40)
     if draws:
         first = (0,) * len(draws)
-        torch.testing.assert_close(decoder(z[first], cells)[1], rho[first])
+        torch.testing.assert_close(decoder(z[first], cells)[1], logits[first])
 
 
 def test_decoder_starts_at_the_shares(data):
@@ -163,8 +170,8 @@ def test_decoder_starts_at_the_shares(data):
     share = torch.as_tensor(data.share)
     decoder.start_at(share)
     nn.init.zeros_(decoder.logits.weight)
-    _, rho = decoder(torch.randn(6, 2), cells_of(data))
-    torch.testing.assert_close(rho, share.float().expand(6, -1), rtol=1e-4, atol=1e-7)
+    _, logits = decoder(torch.randn(6, 2), cells_of(data))
+    torch.testing.assert_close(logits.softmax(-1), share.float().expand(6, -1), rtol=1e-4, atol=1e-7)
 
 
 def test_decoder_depends_on_the_batch(data):

@@ -6,7 +6,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from pyrosc import from_anndata
-from pyrosc.engine.cpu import count_density as kernels
+from pyrosc.engine.cpu import log1p_linear as loops
 from pyrosc.nn.log1p_linear import Log1pLinear
 
 
@@ -39,8 +39,8 @@ def check(x, linear, rtol=1e-5):
 @pytest.fixture
 def looked_up(monkeypatch):
     """The arguments of each call of embedding_bag: whether entries were looked up."""
-    calls, original = [], kernels.embedding_bag
-    monkeypatch.setattr(kernels, "embedding_bag", lambda *a, **k: calls.append(a) or original(*a, **k))
+    calls, original = [], loops.embedding_bag
+    monkeypatch.setattr(loops, "embedding_bag", lambda *a, **k: calls.append(a) or original(*a, **k))
     return calls
 
 
@@ -132,48 +132,53 @@ def test_bits_do_not_depend_on_the_threads():
 
 
 @pytest.fixture
-def gathered():
-    """A minibatch in which rows repeat, and the same without a memory of its entries."""
+def cells():
+    """A minibatch in which rows repeat."""
     x = counts(240, 500, 0.1)
-    resident = from_anndata(anndata.AnnData(csr_matrix(x.numpy()))).on("cpu")
-    rows = torch.arange(300) * 7 % 240
-    return resident.cells(rows).x, x[rows]
+    data = from_anndata(anndata.AnnData(csr_matrix(x.numpy()))).on("cpu")
+    return data.cells(torch.arange(300) * 7 % 240)
 
 
-def slopes(x, linear):
+@pytest.fixture
+def scanned(monkeypatch):
+    """Calls that look for the entries."""
+    calls, original = [], loops._counts
+    monkeypatch.setattr(loops, "_counts", lambda *a: calls.append(a) or original(*a))
+    loops._counts.alone = lambda *a: calls.append(a) or original.alone(*a)
+    return calls
+
+
+def slopes(linear, x, entries=None):
     upstream = torch.randn(len(x), linear.bias.numel(), generator=torch.Generator().manual_seed(1))
-    out = linear(x)
+    out = linear(x, entries)
     return [out.detach(), *torch.autograd.grad(out, [linear.weight], upstream)]
 
 
-def test_entries_that_are_known_give_the_bits_of_those_that_are_found(gathered, monkeypatch):
-    known, same = gathered
-    linear = layer(known.shape[1], 4)
-    scanned, original = [], kernels._counts
-    monkeypatch.setattr(kernels, "_counts", lambda *a: scanned.append(a) or original(*a))
-    kernels._counts.alone = lambda *a: scanned.append(a) or original.alone(*a)
-    assert known in kernels._entries
-    found = slopes(known, linear)
+def test_entries_that_are_known_give_the_bits_of_those_that_are_found(cells, scanned):
+    linear = layer(cells.x.shape[1], 4)
+    known = slopes(linear, cells.x, cells.entries)
     assert not scanned
-    assert all(torch.equal(a, b) for a, b in zip(found, slopes(same, linear), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(known, slopes(linear, cells.x), strict=True))
     assert scanned
 
 
-def test_counts_that_were_changed_since_are_looked_at_again(gathered, looked_up):
-    known, _ = gathered
-    known[0] = 0.0
-    known[1, 2] = 9.0
-    check(known, layer(known.shape[1], 4))
-    assert looked_up
+def test_entries_of_other_counts_are_not_used(cells, scanned):
+    linear, other = layer(cells.x.shape[1], 4), cells.x.flip(1)
+    found = slopes(linear, other, cells.entries)
+    assert scanned
+    assert all(torch.equal(a, b) for a, b in zip(found, slopes(linear, other), strict=True))
+    same_numbers = cells.x.clone()
+    scanned.clear()
+    linear(same_numbers, cells.entries)
+    assert scanned
 
 
-def test_bits_of_known_entries_do_not_depend_on_the_threads(gathered):
-    known, _ = gathered
-    linear = layer(known.shape[1], 4)
-    alone = slopes(known, linear)
+def test_bits_of_known_entries_do_not_depend_on_the_threads(cells):
+    linear = layer(cells.x.shape[1], 4)
+    alone = slopes(linear, cells.x, cells.entries)
     torch.set_num_threads(2)
     try:
-        shared = slopes(known, linear)
+        shared = slopes(linear, cells.x, cells.entries)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
@@ -186,17 +191,17 @@ def test_what_is_no_count_is_not_hidden(bad):
     assert not torch.isfinite(layer(50, 2)(x)[3]).any()
 
 
-def test_entries_are_forgotten_with_the_minibatch(rich):
-    before = len(kernels._entries)
-    x = rich.on("cpu").cells(torch.arange(4)).x
-    assert len(kernels._entries) == before + 1
-    del x
-    assert len(kernels._entries) == before
-
-
-def test_in_inference_mode_entries_are_looked_at(rich):
+@pytest.mark.parametrize("known", [True, False])
+def test_in_inference_mode_the_map_is_the_same(rich, known):
     linear = layer(rich.n_genes, 4)
     with torch.inference_mode():
-        x = rich.on("cpu").cells(torch.arange(4)).x
-        found = linear(x)
-    torch.testing.assert_close(found, torch.log1p(x) @ linear.weight + linear.bias)
+        cells = rich.on("cpu").cells(torch.arange(4))
+        found = linear(cells.x, cells.entries if known else None)
+    torch.testing.assert_close(found, torch.log1p(cells.x) @ linear.weight + linear.bias)
+
+
+def test_a_second_derivative_is_refused_and_the_way_to_have_it_named():
+    x, linear = counts(20, 50, 0.1), layer(50, 4)
+    (slope,) = torch.autograd.grad(linear(x).sigmoid().sum(), linear.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once.*log1p\(x\) @ layer.weight"):
+        torch.autograd.grad(slope.sum(), linear.weight)

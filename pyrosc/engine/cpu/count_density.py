@@ -15,19 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrosc.engine.cpu.count_formulas import (
+    log_kept32,
+    log_rising_factorial,
+    nb_at_zero,
+    nb_at_zero32,
+    zero_inflated_at_zero32,
+    zero_inflated_far_out,
+)
 from pyrosc.engine.cpu.math32 import (
-    LARGEST,
     LARGEST64,
     LN2,
     WIDE,
     F,
     compiled,
-    exact_piece,
-    exp_parts32,
     in_parallel,
-    inlined,
     log64,
-    log_parts32,
     log_rest,
     piece,
     places,
@@ -43,107 +46,6 @@ _LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(1024)])
 _STEEPEST = 1e30
 _FAR_OUT = np.float32(1e-30)  # probabilities of a zero below which float32 has too few digits
 _SMALLEST_MEAN = float(torch.finfo(torch.float32).tiny)
-
-
-@inlined
-@no_type_check
-def _nb_at_zero(mu: float, theta: float) -> tuple[float, float, float]:
-    """Return log p(0), its slope in mu and its slope in theta, float64.
-
-    With r = mu / theta: -theta log(1 + r), -1 / (1 + r) and r / (1 + r) - log(1 + r); the last cancels where
-    r is small, and is there summed as -s r / (1 + r) - s q, whose terms have one sign.
-    """
-    r = mu / theta
-    u = 1.0 + r
-    e, f = split(u, r)
-    s = f / (2.0 + f)
-    q = log_rest(s)
-    log = e * LN2 + s * (2.0 + q)
-    log = log if u < LARGEST64 else u
-    d = 1.0 / u
-    return -theta * log, -d, -(s * (f * d + q)) if e == 0.0 else r * d - log
-
-
-@inlined
-@no_type_check
-def _nb_at_zero32(mu: float, theta: float) -> tuple[float, float, float]:
-    """Return what :func:`_nb_at_zero` does; with d = 1 / (1 + r), r d - log(1 + r) is -r^2 (d + q) there."""
-    r = mu / theta
-    u = F(1) + r
-    e, f, q = log_parts32(u, r)
-    log = F(e) * F(LN2) + (f + f * f * q)
-    log = log if u < LARGEST else u
-    d = F(1) / u
-    return -theta * log, -d, -(f * f * (d + q)) if e == 0 else r * d - log
-
-
-@inlined
-@no_type_check
-def _zero_inflated_at_zero32(y: float, pi: float, kept: float) -> tuple[float, float, float, float]:
-    """Return log(pi + (1 - pi) p0), its slope in y = log p0 and in g = logit pi, and the sum itself.
-
-    Where that is near 1, its log is taken of what it lacks to 1, (1 - pi) (1 - p0), with all its digits.
-    """
-    scale, t = exp_parts32(y)
-    p0 = kept * (scale + scale * t)
-    less_scale = F(0) if scale == F(1) else F(1) - scale  # (so that 1 - p0 is not computed from p0)
-    positive = kept * (less_scale - scale * t)
-    p = pi + p0
-    e, f, q = log_parts32(p, -positive)
-    inverse = F(1) / p
-    log = F(e) * F(LN2) + (f + f * f * q)
-    return (log if p < LARGEST else p), p0 * inverse, pi * positive * inverse, p
-
-
-@inlined
-@no_type_check
-def _log_kept32(g: float) -> tuple[float, float]:
-    """Return log(1 - pi) and its slope in g = logit pi."""
-    pi, _, small = sigmoid32(g)
-    e, f, q = log_parts32(F(1) + small, small)
-    return -(max(g, F(0)) + (F(e) * F(LN2) + (f + f * f * q))), -pi
-
-
-@exact_piece
-@no_type_check
-def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
-    """Return the log and its slopes by log space: where the sum is too small for float32."""
-    larger, smaller = max(g, y), min(g, y)
-    log_sum = larger + math.log1p(math.exp(smaller - larger))  # of odds: of e^g + p0
-    log_kept = -math.log1p(math.exp(g)) if g < 0 else -g - math.log1p(math.exp(-g))
-    by_y = 1.0 / (1.0 + math.exp(g - y)) if g < y else math.exp(y - g) / (1.0 + math.exp(y - g))
-    return log_sum + log_kept, by_y, (1.0 - by_y) * math.exp(log_kept) * -math.expm1(y)
-
-
-@exact_piece
-@no_type_check
-def _stirling(z: float) -> tuple[float, float]:
-    """Return lgamma(z) less (z - 1/2) log z - z, up to a constant, and digamma(z) less log z - 1 / (2 z).
-
-    For z >= 6 (Abramowitz and Stegun 6.1.41, 6.3.18).
-    """
-    w = 1.0 / (z * z)
-    value = (1 / 12 + w * (-1 / 360 + w * (1 / 1260 + w * (-1 / 1680 + w * (1 / 1188))))) / z
-    slope = w * (-1 / 12 + w * (1 / 120 + w * (-1 / 252 + w * (1 / 240 + w * (-1 / 132)))))
-    return value, slope
-
-
-@exact_piece
-@no_type_check
-def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
-    """Return the log of Gamma(theta + x) / Gamma(theta), and its slope: see `distributions/density.py`."""
-    a, b = theta, theta + x
-    factors, slope = 1.0, 0.0
-    for _ in range(6):
-        factors *= a / b
-        slope += x / (a * b)
-        a += 1.0
-        b += 1.0
-    log_growth = math.log1p(x / a)
-    value_a, slope_a = _stirling(a)
-    value_b, slope_b = _stirling(b)
-    value = math.log(factors) + (b - 0.5) * log_growth + x * (math.log(a) - 1.0) + value_b - value_a
-    return value, slope + log_growth + x / (2 * a * b) + slope_b - slope_a
 
 
 # Vectors of numbers per count, one after the other in one array: to the compiler several arrays may overlap,
@@ -195,7 +97,7 @@ def _nb_counts(n: int, b: Any, others: Any) -> float:
                 b[_SLOPE + i] = (b[_SLOPE + i] * (theta + j) + b[_PRODUCT + i]) * by
                 b[_PRODUCT + i] *= (theta + j) * by
         else:
-            log_rising, b[_SLOPE + i] = _log_rising_factorial(theta, k)
+            log_rising, b[_SLOPE + i] = log_rising_factorial(theta, k)
             b[_PRODUCT + i], b[_REST + i] = 1.0, log_rising - math.lgamma(k + 1.0) + k * math.log(w)
     for i in range(n):
         product, theta, w, inverse = b[_PRODUCT + i], b[_THETA + i], b[_W + i], b[_INVERSE + i]
@@ -216,6 +118,43 @@ def _nb_counts(n: int, b: Any, others: Any) -> float:
 
 @piece
 @no_type_check
+def _poisson_counts(n: int, b: Any) -> float:
+    """Return log p of `n` positive counts, summed; fill in their slopes in the mean."""
+    total = 0.0
+    for i in range(n):
+        k = b[_K + i]
+        whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
+        b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
+    for i in range(n):
+        k, mu = b[_K + i], b[_MU + i]
+        total += k * log64(mu) - mu + b[_REST + i]
+        b[_BY_MEAN + i] = (k - mu) / mu
+    return total
+
+
+@piece
+@no_type_check
+def _far_out(x: Any, mean: Any, theta: Any, gate: Any, s: Any) -> float:
+    """Put right what zeros say where float32 has too few digits; return what that adds to log p."""
+    more = 0.0
+    for j in range(x.size):
+        m, zero = np.float64(mean[j]), x[j] == 0
+        if theta is not None:
+            y, y_mean, y_theta = nb_at_zero(m, np.float64(theta[j]))
+        else:
+            y, y_mean = -m, -1.0
+        log32, _, _, p = zero_inflated_at_zero32(s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j])
+        if p < _FAR_OUT:
+            exact, by_y, s[D_GATE + j] = zero_inflated_far_out(y, np.float64(gate[j]))
+            more += exact - log32 if zero else 0.0
+            s[D_MEAN + j] = by_y * y_mean
+            if theta is not None:
+                s[D_THETA + j] = by_y * y_theta
+    return more
+
+
+@piece
+@no_type_check
 def log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: Any, place: Any) -> float:
     """Return log p of up to `WIDE` genes of a cell, summed; leave in `s` its slopes in mean, theta and gate.
 
@@ -227,7 +166,7 @@ def log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: An
     part, n_far_out = F(0), F(0)
     for j in range(width):
         if theta is not None:
-            log, s[D_MEAN + j], s[D_THETA + j] = _nb_at_zero32(mean[j], theta[j])
+            log, s[D_MEAN + j], s[D_THETA + j] = nb_at_zero32(mean[j], theta[j])
         else:
             log, s[D_MEAN + j] = -mean[j], F(-1)
         if gate is not None:
@@ -238,7 +177,7 @@ def log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: An
         for j in range(width):
             s[_PI + j], s[_NOT_PI + j], _ = sigmoid32(gate[j])
         for j in range(width):
-            log, by_log, s[D_GATE + j], p = _zero_inflated_at_zero32(
+            log, by_log, s[D_GATE + j], p = zero_inflated_at_zero32(
                 s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j]
             )
             n_far_out += F(1) if p < _FAR_OUT else F(0)
@@ -248,33 +187,14 @@ def log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: An
             part += log if x[j] == 0 else F(0)
     total += part
     if gate is not None and n_far_out > 0:
-        for j in range(width):
-            m, zero = np.float64(mean[j]), x[j] == 0
-            if theta is not None:
-                y, y_mean, y_theta = _nb_at_zero(m, np.float64(theta[j]))
-            else:
-                y, y_mean = -m, -1.0
-            log32, _, _, p = _zero_inflated_at_zero32(s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j])
-            if p < _FAR_OUT:
-                exact, by_y, s[D_GATE + j] = _zero_inflated_far_out(y, np.float64(gate[j]))
-                total += exact - log32 if zero else 0.0
-                s[D_MEAN + j] = by_y * y_mean
-                if theta is not None:
-                    s[D_THETA + j] = by_y * y_theta
+        total += _far_out(x, mean, theta, gate, s)
     # The counts, in float64: gathered, so that these loops run in vectors too.
     n = places(x, place)
     for i in range(n):
         b[_K + i] = x[place[i]]
         b[_MU + i] = max(np.float64(mean[place[i]]), _SMALLEST_MEAN)
     if theta is None:
-        for i in range(n):
-            k = b[_K + i]
-            whole = 0 < k < _LOG_FACTORIAL.size and k == math.floor(k)
-            b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
-        for i in range(n):
-            k, mu = b[_K + i], b[_MU + i]
-            total += k * log64(mu) - mu + b[_REST + i]
-            b[_BY_MEAN + i] = (k - mu) / mu
+        total += _poisson_counts(n, b)
     else:
         for i in range(n):
             b[_THETA + i] = theta[place[i]]
@@ -288,7 +208,7 @@ def log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: An
         for i in range(n):
             s[_PI + i] = gate[place[i]]
         for i in range(n):
-            log, s[_PI + i] = _log_kept32(s[_PI + i])
+            log, s[_PI + i] = log_kept32(s[_PI + i])
             part += log
         total += part
         for i in range(n):

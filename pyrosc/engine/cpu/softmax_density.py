@@ -64,6 +64,16 @@ def _softmax(logits: Any, bias: Any) -> float:
 
 @inlined
 @no_type_check
+def _gate_slopes(weight: float, s: Any, by_gate: Any, by_bias: Any) -> None:
+    """Fill in the slopes in the gate, times `weight`, and add them to those in its offset, if there are any."""
+    for j in range(by_gate.size):
+        by_gate[j] = weight * s[D_GATE + j]
+    if by_bias is not None:
+        add(F(1), by_gate, by_bias)
+
+
+@inlined
+@no_type_check
 def density_of_row(
     logits: Any,
     bias: Any,
@@ -87,15 +97,15 @@ def density_of_row(
     """Return log p of a row, summed over genes, and its slope in the total.
 
     Slopes times `weight` take the place of `logits` and `d_gate`, which may be `gate`, and are added to
-    `d_bias`, `d_gate_bias` and `d_theta`. `by_mean`, `mean`, `s`, `b` and `place` are room to work in; of
-    arguments that are None nothing is compiled, and without `by_mean` no slopes in the logits.
+    `d_bias`, `d_gate_bias` and `d_theta`. `by_mean`, `mean`, `s`, `b` and `place` are room to work in. Of
+    arguments that are None nothing is compiled.
     """
     n_genes = logits.size
     inverse = F(1 / _softmax(logits, bias))
     total, average = 0.0, 0.0
     for start in range(0, n_genes, WIDE):
         stop = min(n_genes, start + WIDE)
-        share, partial = logits[start:stop], F(0)
+        share, slope, partial = logits[start:stop], by_mean[start:stop], F(0)
         for j in range(share.size):
             share[j] *= inverse
             mean[j] = size * share[j]
@@ -117,26 +127,19 @@ def density_of_row(
             for j in range(share.size):
                 s[D_MEAN + j] *= kept[start + j]
         for j in range(share.size):
-            partial += share[j] * s[D_MEAN + j]
+            slope[j] = s[D_MEAN + j]
+            partial += share[j] * slope[j]
         average += partial
-        if by_mean is not None:
-            slope = by_mean[start:stop]
-            for j in range(share.size):
-                slope[j] = s[D_MEAN + j]
         if d_theta is not None:
             add(weight, s[D_THETA:], d_theta[start:stop])
         if d_gate is not None:
-            by_gate = d_gate[start:stop]
-            for j in range(by_gate.size):
-                by_gate[j] = weight * s[D_GATE + j]
-            if d_gate_bias is not None:
-                add(F(1), by_gate, d_gate_bias[start:stop])
+            by_bias = None if d_gate_bias is None else d_gate_bias[start:stop]
+            _gate_slopes(weight, s, d_gate[start:stop], by_bias)
     scale, less = weight * size, F(average)
-    if by_mean is not None:
-        for j in range(n_genes):
-            logits[j] *= scale * (by_mean[j] - less)
-            if d_bias is not None:
-                d_bias[j] += logits[j]
+    for j in range(n_genes):
+        logits[j] *= scale * (by_mean[j] - less)
+        if d_bias is not None:
+            d_bias[j] += logits[j]
     return total, average
 
 
@@ -184,7 +187,7 @@ def _density(
             None if d_gate is None else d_gate[row],
             None,
             None if d_theta is None else d_theta[row],
-            None if d_logits is None else by_mean,
+            by_mean,
             mean,
             s,
             b,

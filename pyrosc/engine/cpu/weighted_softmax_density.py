@@ -119,10 +119,11 @@ _all_weighted.alone = _weighted
 @compiled
 @no_type_check
 def _sum_blocks(slopes: Any, out: Any) -> None:
-    """Sum over the first axis, in an order that does not depend on threads, as torch's may."""
+    """Sum over the second axis, in an order that does not depend on threads, as torch's may."""
     out[:] = 0
-    for block in range(slopes.shape[0]):
-        add(F(1), slopes[block], out[0])
+    for i in range(slopes.shape[0]):
+        for block in range(slopes.shape[1]):
+            add(F(1), slopes[i, block], out[i, 0])
 
 
 def weighted_softmax_density_(
@@ -169,7 +170,7 @@ def weighted_softmax_density_(
     tensors = (logits, bias, gate, gate_bias, total, x, theta, kept, weight, log_p, *slopes, d_total)
     arrays = (None if t is None else t.detach().numpy() for t in tensors)
     shared(_all_weighted, n_blocks, logits.numel(), *arrays)
-    summed = [x.new_empty(1, n_genes) for _ in range(3)]
-    for by_block, out in zip(slopes, summed, strict=True):
-        _sum_blocks(by_block.numpy(), out.numpy())
-    return log_p, *summed, d_total
+    summed = np.empty((3, 1, n_genes), np.float32)
+    _sum_blocks(slopes.numpy(), summed)
+    d_bias, d_gate_bias, d_theta = map(torch.from_numpy, summed)
+    return log_p, d_bias, d_gate_bias, d_theta, d_total

@@ -127,8 +127,7 @@ def _log_density(
     mu = tl.load(mean_at + (row % mean_rows) * n_genes + gene, inside, 1.0).to(tl.float64)
     zero = x == 0.0
     mu = tl.where(zero, mu, tl.maximum(mu, _SMALLEST_MEAN))
-    log_factorial = _log_factorial(x, table_at, inside, N_TABLE)
-    safe = tl.where(zero, 1.0, mu)
+    log_factorial, safe = _log_factorial(x, table_at, inside, N_TABLE), tl.where(zero, 1.0, mu)
     # The log density of a zero, y, and that of a count, z, with their slopes.
     if theta_at is None:
         y, y_mean = -mu, tl.full([BLOCK], -1.0, tl.float64)
