@@ -47,16 +47,16 @@ def counts(n_cells: int, n_genes: int, density: float = 0.1, seed: int = 0) -> a
 
 def step_seconds(data: pyrosc.Counts, likelihood: str, minibatch: int, n_steps: int, *, graph: bool) -> float:
     """Seconds of a step: the median over the epochs after the first two."""
-    kept = training.RECORD_AFTER
-    training.RECORD_AFTER = kept if graph else 10**9
+    kept = training._RECORD_AFTER
+    training._RECORD_AFTER = kept if graph else 10**9
     steps = -(-data.n_cells // minibatch)
-    epochs = 2 + max(3, -(-n_steps // steps), -(-(training.RECORD_FOR + kept) // steps))
+    epochs = 2 + max(3, -(-n_steps // steps), -(-(training._RECORD_FOR + kept) // steps))
     settings = {"minibatch_size": minibatch, "validation": 0.0, "epochs": epochs, "device": "cuda"}
     try:
         model = pyrosc.VAE.for_data(data, likelihood=likelihood)
         fit = pyrosc.fit_svi(model, data, progress=False, **settings)
     finally:
-        training.RECORD_AFTER = kept
+        training._RECORD_AFTER = kept
     return float(np.median(np.diff(fit.history["seconds"])[1:])) / steps
 
 

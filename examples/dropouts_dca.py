@@ -41,9 +41,9 @@ class Naive(nn.Module):
         super().__init__()
         self.likelihood = likelihood
 
-    def forward(self, mean, h, batch):
+    def forward(self, h, batch, **mean):
         """Return the distribution of the counts."""
-        stable = self.likelihood(mean, h, batch)
+        stable = self.likelihood(h, batch, **mean)
         return NaiveZeroInflated(stable.base, stable.gate_logits)
 
 

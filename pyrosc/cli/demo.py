@@ -45,7 +45,7 @@ _FILES = {
     _IMPUTED: "known marker genes, observed and imputed",
     _VOLCANO: f"{_SHOWN} cells against the rest",
 }
-OWN = {*_FILES, "fit/fit.json", "fit/parameters.safetensors"}
+_OWN = {*_FILES, "fit/fit.json", "fit/parameters.safetensors"}
 _TITLE = "pyrosc demo"
 
 _NEXT = """\
@@ -145,7 +145,7 @@ def _claim(output: Path) -> None:
     if output.exists() and not output.is_dir():
         _stop(f"{output} is no folder. {remedy}")
     names = (path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
-    if others := list(islice((name for name in names if name not in OWN), 3)):
+    if others := list(islice((name for name in names if name not in _OWN), 3)):
         _stop(f"{output} holds files that are no pyrosc demo's ({', '.join(others)}). {remedy}")
     summary = output / _SUMMARY
     if any(output.rglob("*")) and not (summary.exists() and summary.read_bytes().startswith(_TITLE.encode())):

@@ -73,9 +73,9 @@ class NoStructure(nn.Module):
         """Sample the counts."""
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
             l = pyro.deterministic("l", cells.library, event_dim=1)
-            rho = self.log_share.softmax(-1).expand_as(cells.x)
-            rho = pyro.deterministic("rho", rho, event_dim=1)
-            x = NegativeBinomial(l * rho, self.log_inverse_dispersion.exp())
+            pyro.deterministic("rho", self.log_share.softmax(-1).expand_as(cells.x), event_dim=1)
+            theta = self.log_inverse_dispersion.exp()
+            x = NegativeBinomial(logits=self.log_share, total=l, inverse_dispersion=theta)
             pyro.sample("x", x.to_event(1), obs=cells.x)
 
     def guide(self, cells: Cells) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from pyrosc.data.minibatch import Resident
+from pyrosc.data.minibatch import DeviceCounts
 from pyrosc.data.schema import Schema
 
 
@@ -116,7 +116,7 @@ class Counts:
             proteins=self.proteins[rows],
         )
 
-    def on(self, device: torch.device | str) -> Resident:
+    def on(self, device: torch.device | str) -> DeviceCounts:
         """Put the counts on a device, once; minibatches are made there. A CPU shares them, without a copy."""
 
         def to(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Counts:
             return torch.as_tensor(array, dtype=dtype, device=device)
 
         start = to(self.x.indptr, torch.int64)
-        return Resident(
+        return DeviceCounts(
             start=start[:-1],
             stop=start[1:],
             gene=to(self.x.indices, torch.int32),

@@ -72,7 +72,7 @@ def pairs_of(
 
 
 @dataclass(frozen=True)
-class Units:
+class _Units:
     """What counts are summed over: batches, or replicates in batches."""
 
     of_cell: Int[ndarray, "cells"]  # -1: none
@@ -96,7 +96,7 @@ def units_of(
     of_batch: Int[ndarray, "cells"],
     replicate: Int[ndarray, "cells"] | None,
     batch: str | None,
-) -> Units:
+) -> _Units:
     """Return the units of a question, batches being one where they are ignored.
 
     Parameters
@@ -117,7 +117,7 @@ def units_of(
     batches = np.zeros(len(of_batch), dtype=np.int64) if batch is None else of_batch.astype(np.int64)
     if replicate is None:
         each = np.arange(1 if batch is None else len(schema.batches))
-        return Units(batches, each, None)
+        return _Units(batches, each, None)
     known = replicate >= 0
     if not known.any():
         msg = "no cell has a replicate: replicate_key names a column, or has a value for each cell"
@@ -126,7 +126,7 @@ def units_of(
     units, of_known = np.unique((batches * n + replicate)[known], return_inverse=True)
     of_cell = np.full(len(batches), -1)
     of_cell[known] = of_known
-    return Units(of_cell, units // n, units % n)
+    return _Units(of_cell, units // n, units % n)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def contrasted(
     codes: Int[ndarray, "cells"],
     names: Sequence[str],
     pairs: Iterable[tuple[int, int]],
-    units: Units,
+    units: _Units,
     batch: str | None,
 ) -> Iterator[Contrast]:
     """Yield a contrast for each pair of codes, the second -1 for the rest; warn of too few replicates.
@@ -228,7 +228,7 @@ def contrasted(
     arms = pseudobulk(data.x, codes, len(names), units.of_cell, len(units.batch))
     for a, b in pairs:
         whole = arms[a], reduce(add, [*arms[:a], *arms[a + 1 :]]) if b < 0 else arms[b]
-        use, stratum = comparable(*whole, units.batch, batch, data.schema.batches, names[a])
+        use, stratum = _comparable(*whole, units.batch, batch, data.schema.batches, names[a])
         arm, other = (each[use] for each in whole)
         within = _within(arm, other, None if units.replicate is None else units.replicate[use])
         if within.any() and not (
@@ -265,7 +265,7 @@ def _within(a: Pseudobulk, b: Pseudobulk, replicate: Int[ndarray, "units"] | Non
     return both & (replicate is not None and len(np.unique(replicate[both])) > 1)
 
 
-def comparable(
+def _comparable(
     a: Pseudobulk,
     b: Pseudobulk,
     of_batch: Int[ndarray, "units"],

@@ -86,14 +86,12 @@ def donor_variance(
     McCarthy, Chen and Smyth, Differential expression analysis of multifactor RNA-Seq experiments with respect
     to biological variation, 2012 (the same for a dispersion, which there is drawn to that of other genes).
     """
-    return (
-        _posterior(adjusted_profile_likelihood(a, b, stratum, phi)).numpy()
-        if shows_variance(a, b, stratum)
-        else None
-    )
+    if not shows_variance(a, b, stratum):
+        return None
+    return _posterior(_adjusted_profile_likelihood(a, b, stratum, phi)).numpy()
 
 
-def adjusted_profile_likelihood(
+def _adjusted_profile_likelihood(
     a: Pseudobulk, b: Pseudobulk, stratum: Int[ndarray, "units"], phi: Sequence[Float[ndarray, "genes"]]
 ) -> Float[Tensor, "genes values"]:
     """Return each gene's adjusted log likelihood of each of TAU2, up to a constant.

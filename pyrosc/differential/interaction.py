@@ -132,7 +132,7 @@ def interaction(
         if _paired(unit, kind, (i, base)) > _paired(unit, codes, (a, b)):
             across = [(2 * i + side, 2 * base + side) for side in (0, 1)]
             parts = list(contrasted(data, crossed, crossed_names, across, units, batch))
-        lfc = shrink(of_difference(*(part.likelihood for part in parts)))
+        lfc = shrink(_of_difference(*(part.likelihood for part in parts)))
         who = {"gene": data.schema.genes, "level": name, "baseline": str(baseline)}
         table = pd.DataFrame(who | {"group": names[a], "reference": names[b]})
         table = table.join(summarise(lfc, delta, interval)).assign(lfc_common=lfc.common)
@@ -175,7 +175,7 @@ def _paired(unit: ndarray, codes: ndarray, of: tuple[int, int]) -> int:
     return len(np.intersect1d(one, other))
 
 
-def of_difference(
+def _of_difference(
     a: Float[ndarray, "genes points"], b: Float[ndarray, "genes points"]
 ) -> Float[ndarray, "genes points"]:
     """Return the likelihood of t_a - t_b from those of t_a and t_b, over `LFC`.

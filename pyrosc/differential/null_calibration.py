@@ -107,7 +107,7 @@ def null_calibration(
     do, for it is they that are independent: those with cells of one group, among others like them in the same
     batches; in those with cells of several groups the groups' names change places. Labels as they are, or
     with whole groups renamed, are left out, and so are repetitions: three replicates against three have nine
-    other labellings.
+    other labellings. Of means it needs no fit: ``null_calibration(adata, groupby=...)``.
 
     Where the groups do differ, permuted ones are mixtures of them, wider than either, and in replicates the
     difference is taken for one between replicates. To see a question's calibration under a true null, ask it

@@ -20,7 +20,7 @@ _KNOWN, _LEAST = 0.25, 0.05**2  # variances of a fold change: of a known one, an
 
 
 @dataclass(frozen=True)
-class Errors:
+class _Errors:
     """What cells, or replicates, contribute to the error of each gene's fold change, up to a gene's factor.
 
     Attributes
@@ -55,7 +55,7 @@ def errors_of(
     x: sparse.csr_array,
     library: Float[ndarray, "cells"],
     genes: Int[ndarray, "some"],
-) -> tuple[Errors, Number]:
+) -> tuple[_Errors, Number]:
     """Return the errors of some genes' fold changes, and of how many degrees of freedom these are seen in.
 
     Parameters
@@ -68,14 +68,14 @@ def errors_of(
         Places of the genes.
     """
     if contrast.replicates is None:
-        return Errors(partial(_of_cells, x, library, contrast, genes)), np.inf
+        return _Errors(partial(_of_cells, x, library, contrast, genes)), np.inf
     block, freedom = _of_replicates(contrast, genes)
-    return Errors(partial(list, [block])), freedom
+    return _Errors(partial(list, [block])), freedom
 
 
 def set_means(
     curves: Float[ndarray, "genes points"],
-    errors: Errors,
+    errors: _Errors,
     member: Float[ndarray, "genes sets"],
 ) -> tuple[Float[ndarray, "sets"], Float[ndarray, "sets"]]:
     """Return each set's mean fold change, and the variance of its error.
@@ -110,7 +110,7 @@ def set_means(
 def _spread(
     e: Float[ndarray, "genes"],
     c: Float[ndarray, "genes"],
-    errors: Errors,
+    errors: _Errors,
     member: Float[ndarray, "genes sets"],
 ) -> float:
     """Return s^2, the variance of fold changes about the centre of their set, by moments.

@@ -1,28 +1,22 @@
-"""Count distributions: exact, stable in float32, and fast where most counts are zero.
+"""Poisson and negative binomial counts, and counts of which a share drops out to zero.
 
-Each log density is written twice: at a zero, where it is simple and is evaluated densely, and at a positive
-count, where it needs special functions and is evaluated in float64 for just those entries (a tenth of a
-typical count matrix). Partial derivatives come in closed form, so autograd differentiates none of it.
-
-What programs ask for is the density of whole cells, ``NegativeBinomial(...).to_event(1)``. On a CPU that is
-one compiled loop (`kernels.py`), on CUDA one kernel (`cuda.py`); elsewhere, and entry by entry, the torch
-operations written here.
+Each is parameterised by its mean, or by what a decoder emits: logits of the genes' shares and a total. What
+programs ask for is the density of whole cells, ``NegativeBinomial(...).to_event(1)``: see `cell.py`. That of
+single counts is in `density.py`. Both are differentiable once.
 """
 
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Num
-from pyro.distributions import MaskedDistribution, TorchDistribution
-from pyro.distributions.torch import Independent
-from pyro.distributions.util import sum_rightmost
+from jaxtyping import Float, Num
+from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyrosc.distributions.density import _NEGATIVE_BINOMIAL, _POISSON, _ZERO_INFLATED, _log_prob, _Rows
-from pyrosc.engine.backends import log_density_for
+from pyrosc.distributions.cell import as_event
+from pyrosc.distributions.density import NEGATIVE_BINOMIAL, POISSON, ZERO_INFLATED, log_prob_of
+from pyrosc.distributions.given import Given
 
 _LARGEST_RATE = 4e9
 
@@ -44,47 +38,72 @@ class Poisson(TorchDistribution):
 
     .. math:: p(x) = \mu^x e^{-\mu} / x!, \quad x \in \{0, 1, \dots\}, \quad \mathrm E x = \mathrm{Var} x=\mu
 
-    The same as ``scipy.stats.poisson(mean)`` and ``torch.distributions.Poisson(mean)``.
+    The same as ``scipy.stats.poisson(mean)`` and ``torch.distributions.Poisson(mean)``. Log densities are
+    differentiable once.
 
     Parameters
     ----------
     mean
         :math:`\mu \ge 0`. Where the count is positive, a mean below 1.2e-38 (an underflowed softmax) is taken
         as that and the slope in the mean is at most 1e30, so log density and gradient remain finite.
+    logits, total
+        In place of `mean`, which is total * softmax(logits) along the last axis: logits of the genes' shares
+        of a cell's counts, and how many counts it has, of last axis 1.
     validate_args
         Whether to check parameters and counts. Default: Pyro's global setting.
 
     Raises
     ------
     ValueError
-        Under validation, if a mean is negative or NaN, or a count in ``log_prob`` negative or fractional.
+        If there is not one of `mean` and of `logits` and `total`. Under validation, if a mean or a total is
+        negative, a parameter NaN, or a count in ``log_prob`` negative or fractional.
 
     Examples
     --------
     >>> import torch
-    >>> from pyrosc import distributions
-    >>> d = distributions.Poisson(torch.tensor([0.5, 2.0]))
-    >>> d.log_prob(torch.tensor([0.0, 3.0])).numpy().round(3)
-    array([-0.5  , -1.712], dtype=float32)
-
-    A cell's counts as one event, as programs observe them:
-
-    >>> round(d.to_event(1).log_prob(torch.tensor([0.0, 3.0])).item(), 3)
-    -2.212
+    >>> from pyrosc.distributions import Poisson
+    >>> logits = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    >>> counts = Poisson(logits=logits, total=torch.tensor([[10.0], [100.0]]))
+    >>> counts.mean.round()
+    tensor([[ 5.,  5.],
+            [27., 73.]])
+    >>> counts.to_event(1).log_prob(torch.tensor([[5.0, 5.0], [30.0, 70.0]])).shape
+    torch.Size([2])
     """
 
-    arg_constraints = {"mean": constraints.nonnegative}  # noqa: RUF012
     support = constraints.nonnegative_integer
     has_rsample = False
 
-    def __init__(self, mean: Float[Tensor, "..."], *, validate_args: bool | None = None) -> None:
-        self._mean = mean
-        super().__init__(mean.shape, validate_args=validate_args)
+    def __init__(
+        self,
+        mean: Float[Tensor, "..."] | None = None,
+        *,
+        logits: Float[Tensor, "..."] | None = None,
+        total: Float[Tensor, "..."] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.given = Given(mean, logits, total).checked("Poisson")
+        super().__init__(self.given.shape, validate_args=validate_args)
+
+    @property
+    def arg_constraints(self) -> dict[str, Any]:
+        """What parameters have to be, of those given."""
+        return self.given.constraints
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
         r""":math:`\mu`, in the batch shape."""
-        return self._mean.expand(self.batch_shape)
+        return self.given.mu.expand(self.batch_shape)
+
+    @property
+    def logits(self) -> Float[Tensor, "..."]:
+        """Logits of the genes' shares, in the batch shape; log of the mean where that was given."""
+        return self.given.log_share.expand(self.batch_shape)
+
+    @property
+    def total(self) -> Float[Tensor, "..."]:
+        """Sum of the mean over genes, of last axis 1."""
+        return self.given.size
 
     @property
     def variance(self) -> Float[Tensor, "..."]:
@@ -95,23 +114,20 @@ class Poisson(TorchDistribution):
         """Log density in nats, in the broadcast shape of value and distribution."""
         if self._validate_args:
             self._validate_sample(value)
-        return _log_prob(_POISSON, self.batch_shape, value, self._mean)
+        return log_prob_of(POISSON, self.batch_shape, value, self.given.mu)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "..."]:
         """Draw counts of shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
-            rate = self._mean.expand(self._extended_shape(Size(sample_shape)))
-            return new_counts(rate)
+            return new_counts(self.given.mu.expand(self._extended_shape(Size(sample_shape))))
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
-        return _as_event(self, reinterpreted_batch_ndims)
+        return as_event(self, reinterpreted_batch_ndims)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "Poisson":
         """Broadcast to a larger batch shape, without copying."""
-        new = self._get_checked_instance(Poisson, _instance)
-        new._mean = self._mean
-        return _expanded(self, new, batch_shape)
+        return _expanded(self, self._get_checked_instance(Poisson, _instance), batch_shape)
 
 
 @final
@@ -129,7 +145,7 @@ class NegativeBinomial(TorchDistribution):
 
     The same as ``scipy.stats.nbinom(n=theta, p=theta / (theta + mu))``, torch's
     ``NegativeBinomial(total_count=theta, logits=log(mu) - log(theta))`` and Pyro's
-    ``GammaPoisson(theta, theta / mu)``.
+    ``GammaPoisson(theta, theta / mu)``. Log densities are differentiable once.
 
     Parameters
     ----------
@@ -137,80 +153,104 @@ class NegativeBinomial(TorchDistribution):
         :math:`\mu \ge 0`. Where the count is positive, a mean below 1.2e-38 (an underflowed softmax) is taken
         as that and the slope in the mean is at most 1e30, so log density and gradient remain finite.
     inverse_dispersion
-        :math:`\theta > 0`; broadcasts against ``mean``.
+        :math:`\theta > 0`; broadcasts against the mean.
+    logits, total
+        In place of `mean`, which is total * softmax(logits) along the last axis: logits of the genes' shares
+        of a cell's counts, and how many counts it has, of last axis 1.
     validate_args
         Whether to check parameters and counts. Default: Pyro's global setting.
 
     Raises
     ------
     ValueError
-        Under validation, if a parameter is out of range, or a count in ``log_prob`` negative or fractional.
+        If there is not one of `mean` and of `logits` and `total`, or no `inverse_dispersion`. Under
+        validation, if a parameter is out of range, or a count in ``log_prob`` negative or fractional.
 
     Examples
     --------
     >>> import torch
-    >>> from pyrosc import distributions
-    >>> d = distributions.NegativeBinomial(torch.tensor([0.5, 2.0]), torch.tensor(4.0))
-    >>> d.mean, d.variance
-    (tensor([0.5000, 2.0000]), tensor([0.5625, 3.0000]))
-    >>> d.log_prob(torch.tensor([0.0, 3.0])).numpy().round(3)
-    array([-0.471, -1.922], dtype=float32)
-    >>> d.sample((5,)).shape
-    torch.Size([5, 2])
+    >>> from pyrosc.distributions import NegativeBinomial
+    >>> theta = torch.tensor([2.0, 0.5])
+    >>> counts = NegativeBinomial(torch.tensor([[1.0, 3.0]]), theta)
+    >>> counts.variance
+    tensor([[ 1.5000, 21.0000]])
+    >>> logits, total = torch.tensor([[1.0, 3.0]]).log(), torch.tensor([[4.0]])
+    >>> same = NegativeBinomial(logits=logits, total=total, inverse_dispersion=theta)
+    >>> x = torch.tensor([[0.0, 7.0]])
+    >>> bool(same.to_event(1).log_prob(x).isclose(counts.to_event(1).log_prob(x)))
+    True
     """
 
-    arg_constraints = {"mean": constraints.nonnegative, "inverse_dispersion": constraints.positive}  # noqa: RUF012
     support = constraints.nonnegative_integer
     has_rsample = False
 
     def __init__(
         self,
-        mean: Float[Tensor, "..."],
-        inverse_dispersion: Float[Tensor, "..."],
+        mean: Float[Tensor, "..."] | None = None,
+        inverse_dispersion: Float[Tensor, "..."] | None = None,
         *,
+        logits: Float[Tensor, "..."] | None = None,
+        total: Float[Tensor, "..."] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._mean, self._inverse_dispersion = mean, inverse_dispersion
-        batch_shape = torch.broadcast_shapes(mean.shape, inverse_dispersion.shape)
-        super().__init__(batch_shape, validate_args=validate_args)
+        if inverse_dispersion is None:
+            msg = "NegativeBinomial takes inverse_dispersion=; without dispersion it is a Poisson"
+            raise ValueError(msg)
+        self.given = Given(mean, logits, total, inverse_dispersion).checked("NegativeBinomial")
+        super().__init__(self.given.shape, validate_args=validate_args)
+
+    @property
+    def arg_constraints(self) -> dict[str, Any]:
+        """What parameters have to be, of those given."""
+        return self.given.constraints
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
         r""":math:`\mu`, in the batch shape."""
-        return self._mean.expand(self.batch_shape)
+        return self.given.mu.expand(self.batch_shape)
+
+    @property
+    def logits(self) -> Float[Tensor, "..."]:
+        """Logits of the genes' shares, in the batch shape; log of the mean where that was given."""
+        return self.given.log_share.expand(self.batch_shape)
+
+    @property
+    def total(self) -> Float[Tensor, "..."]:
+        """Sum of the mean over genes, of last axis 1."""
+        return self.given.size
 
     @property
     def inverse_dispersion(self) -> Float[Tensor, "..."]:
         r""":math:`\theta`, in the batch shape."""
-        return self._inverse_dispersion.expand(self.batch_shape)
+        return self.given.inverse_dispersion.expand(self.batch_shape)
 
     @property
     def variance(self) -> Float[Tensor, "..."]:
         r""":math:`\mu + \mu^2 / \theta`, in the batch shape."""
-        return self.mean + self.mean**2 / self.inverse_dispersion
+        mean = self.mean
+        return mean + mean**2 / self.inverse_dispersion
 
     def log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Log density in nats, in the broadcast shape of value and distribution."""
         if self._validate_args:
             self._validate_sample(value)
-        return _log_prob(_NEGATIVE_BINOMIAL, self.batch_shape, value, self._mean, self._inverse_dispersion)
+        return log_prob_of(
+            NEGATIVE_BINOMIAL, self.batch_shape, value, self.given.mu, self.given.inverse_dispersion
+        )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "..."]:
         """Draw counts of shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
-            theta = self._inverse_dispersion.expand(self._extended_shape(Size(sample_shape)))
-            rate = torch._standard_gamma(theta) * (self._mean / theta)
-            return new_counts(rate)
+            theta = self.given.inverse_dispersion.expand(self._extended_shape(Size(sample_shape)))
+            return new_counts(torch._standard_gamma(theta) * (self.given.mu / theta))
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
-        return _as_event(self, reinterpreted_batch_ndims)
+        return as_event(self, reinterpreted_batch_ndims)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "NegativeBinomial":
         """Broadcast to a larger batch shape, without copying."""
-        new = self._get_checked_instance(NegativeBinomial, _instance)
-        new._mean, new._inverse_dispersion = self._mean, self._inverse_dispersion
-        return _expanded(self, new, batch_shape)
+        return _expanded(self, self._get_checked_instance(NegativeBinomial, _instance), batch_shape)
 
 
 @final
@@ -225,7 +265,8 @@ class ZeroInflated(TorchDistribution):
     ZIP is ``ZeroInflated(Poisson(...), g)`` and ZINB is ``ZeroInflated(NegativeBinomial(...), g)``. Source:
     Lopez et al. 2018, Grønbech et al. 2020.
 
-    The same as Pyro's ``ZeroInflatedDistribution(base, gate_logits=g)``; torch and scipy have none.
+    The same as Pyro's ``ZeroInflatedDistribution(base, gate_logits=g)``; torch and scipy have none. Log
+    densities are differentiable once.
 
     Parameters
     ----------
@@ -245,18 +286,12 @@ class ZeroInflated(TorchDistribution):
     Examples
     --------
     >>> import torch
-    >>> from pyrosc import distributions
-    >>> base = distributions.Poisson(torch.tensor([0.5, 2.0]))
-    >>> d = distributions.ZeroInflated(base, gate_logits=torch.tensor(0.0))
-    >>> d.mean
-    tensor([0.2500, 1.0000])
-    >>> d.log_prob(torch.tensor([0.0, 3.0])).numpy().round(3)
-    array([-0.219, -2.405], dtype=float32)
-
-    How likely a zero is a dropout, of a gene that is rarely seen and of one that mostly is:
-
-    >>> d.dropout_probability().numpy().round(3)
-    array([0.622, 0.881], dtype=float32)
+    >>> from pyrosc.distributions import Poisson, ZeroInflated
+    >>> counts = ZeroInflated(Poisson(torch.tensor([4.0])), gate_logits=torch.tensor([0.0]))
+    >>> counts.mean
+    tensor([2.])
+    >>> counts.dropout_probability().round(decimals=2)
+    tensor([0.9800])
     """
 
     arg_constraints = {"gate_logits": constraints.real}  # noqa: RUF012
@@ -269,14 +304,17 @@ class ZeroInflated(TorchDistribution):
         if base.event_shape:
             msg = f"base must be a distribution of single counts, got event shape {tuple(base.event_shape)}"
             raise ValueError(msg)
-        self.base, self._gate_logits = base, gate_logits
+        self.base = base
+        # Of a base of ours: all that a loop over whole cells needs.
+        of_base = base.given if isinstance(base, Poisson | NegativeBinomial) else Given(None, None, None)
+        self.given = of_base._replace(gate_logits=gate_logits)
         batch_shape = torch.broadcast_shapes(base.batch_shape, gate_logits.shape)
         super().__init__(batch_shape, validate_args=validate_args)
 
     @property
     def gate_logits(self) -> Float[Tensor, "..."]:
         """Log odds of dropout, in the batch shape."""
-        return self._gate_logits.expand(self.batch_shape)
+        return self.given.gate_logits.expand(self.batch_shape)
 
     @property
     def mean(self) -> Float[Tensor, "..."]:
@@ -294,28 +332,28 @@ class ZeroInflated(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         log_p0 = self.base.log_prob(value)
-        return _log_prob(_ZERO_INFLATED, self.batch_shape, value, log_p0, self._gate_logits)
+        return log_prob_of(ZERO_INFLATED, self.batch_shape, value, log_p0, self.given.gate_logits)
 
     def dropout_probability(self) -> Float[Tensor, "..."]:
         r"""Probability that an observed zero is a dropout, :math:`\pi / p(0)`, in the batch shape."""
-        zero = self._gate_logits.new_zeros(())
+        zero = self.given.gate_logits.new_zeros(())
         return torch.sigmoid(self.gate_logits - self.base.log_prob(zero))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "..."]:
         """Draw counts of shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
             counts = self.base.expand(self.batch_shape).sample(Size(sample_shape))
-            dropout = torch.bernoulli(torch.sigmoid(self._gate_logits).expand(counts.shape))
+            dropout = torch.bernoulli(torch.sigmoid(self.given.gate_logits).expand(counts.shape))
             return counts.masked_fill(dropout.bool(), 0)
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:
         """Make the rightmost axes one event: a cell's counts, whose log density is summed in one pass."""
-        return _as_event(self, reinterpreted_batch_ndims)
+        return as_event(self, reinterpreted_batch_ndims)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ZeroInflated":
         """Broadcast to a larger batch shape, without copying."""
         new = self._get_checked_instance(ZeroInflated, _instance)
-        new.base, new._gate_logits = self.base, self._gate_logits
+        new.base = self.base
         return _expanded(self, new, batch_shape)
 
 
@@ -324,75 +362,7 @@ def _expanded(old: Any, new: Any, batch_shape: Sequence[int]) -> Any:
     if torch.broadcast_shapes(old.batch_shape, batch_shape) != Size(batch_shape):
         msg = f"cannot expand batch shape {tuple(old.batch_shape)} to {tuple(batch_shape)}"
         raise ValueError(msg)
+    new.given = old.given
     TorchDistribution.__init__(new, Size(batch_shape), validate_args=False)
     new._validate_args = old._validate_args
     return new
-
-
-class _Cell(Independent):
-    """Counts whose rightmost axes are one event: as any Independent, but summed over genes as it goes."""
-
-    def log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
-        base = self.base_dist
-        if isinstance(base, MaskedDistribution):
-            return self._masked_log_prob(value)
-        parameters = _parameters(base)
-        # (A value narrower than the event is repeated along it; no loop does that.)
-        whole = value.numel() and value.ndim and base.batch_shape[-1] in (1, value.shape[-1])
-        whole = whole and 0 not in base.batch_shape
-        compiled = log_density_for(value, parameters) if parameters is not None and whole else None
-        if parameters is None or compiled is None:
-            return base.log_prob(value).sum(tuple(range(-self.reinterpreted_batch_ndims, 0)))
-        if self._validate_args:
-            base._validate_sample(value)
-        if not torch.is_grad_enabled():
-            parameters = [p if p is None else p.detach() for p in parameters]
-        log_prob = _Rows.apply(compiled, value, *parameters)
-        log_prob = log_prob.expand(torch.broadcast_shapes(base.batch_shape[:-1], log_prob.shape))
-        return sum_rightmost(log_prob, self.reinterpreted_batch_ndims - 1)
-
-    def _masked_log_prob(self, value: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Leave entries out: a zero where a mean of zero allows no other is certain."""
-        masked = self.base_dist
-        base = _of_mean(masked.base_dist, lambda mean: torch.where(masked._mask, mean, 0.0))
-        return _Cell(base, self.reinterpreted_batch_ndims).log_prob(torch.where(masked._mask, value, 0))
-
-
-def _of_mean(d: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the distribution of counts with another mean."""
-    if isinstance(d, ZeroInflated):
-        return ZeroInflated(_of_mean(d.base, change), d._gate_logits)
-    new = copy(d)
-    new._mean = change(d._mean)
-    return new
-
-
-def without(counts: Any, kept: Bool[Tensor, "genes"]) -> Any:
-    """Return the distribution of a cell's counts that leaves genes out of the density: only `kept` have one.
-
-    Parameters
-    ----------
-    counts
-        A distribution whose rightmost axis, that of genes, is an event.
-    kept
-        Which genes stay.
-    """
-    base, n_axes = counts.base_dist, counts.reinterpreted_batch_ndims
-    masked = MaskedDistribution(base, kept.expand(base.batch_shape))
-    return _Cell(masked, n_axes) if _parameters(base) is not None else masked.to_event(n_axes)
-
-
-def _as_event(base: Any, n_axes: int | None) -> Any:
-    n_axes = len(base.batch_shape) if n_axes is None else n_axes
-    return _Cell(base, n_axes) if n_axes > 0 else TorchDistribution.to_event(base, n_axes)
-
-
-def _parameters(d: Any) -> list[Tensor | None] | None:
-    """Return mean, inverse dispersion and gate logits; None where there is none, or no such distribution."""
-    if isinstance(d, Poisson):
-        return [d._mean, None, None]
-    if isinstance(d, NegativeBinomial):
-        return [d._mean, d._inverse_dispersion, None]
-    if isinstance(d, ZeroInflated) and isinstance(d.base, Poisson | NegativeBinomial):
-        return [*_parameters(d.base)[:2], d._gate_logits]  # type: ignore[index]
-    return None

@@ -1,82 +1,54 @@
-"""distributions.density."""
+"""Log densities of counts entry by entry, with partial derivatives in closed form, in torch operations.
+
+Each log density is written twice: at a zero, where it is simple and is evaluated densely, and at a positive
+count, where it needs special functions and is evaluated in float64 for just those entries (a tenth of a
+typical count matrix). These are the reference that the compiled loops over whole cells are compared with.
+
+Partial derivatives are computed with the density, only those that are wanted, and autograd differentiates
+none of it: a log density is differentiable once.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
+
+from pyrosc.engine.once import only_once
 
 _SMALLEST_MEAN = torch.finfo(torch.float32).tiny  # at a positive count, where a mean of 0 gives -inf
 _STEEPEST = 1e30  # bounds d log p / d mean as mean -> 0, so that times a library size it is finite in float32
 
+ONCE = (
+    "pyrosc's densities of counts are differentiable once: their slopes are closed forms. For second "
+    "derivatives use Pyro's of the same counts, dist.Poisson(mean), dist.GammaPoisson(theta, theta / mean) "
+    "and dist.ZeroInflatedDistribution(base, gate_logits=...), which torch differentiates again"
+)
 
-class _Rows(torch.autograd.Function):
-    """The log density of rows of counts by a compiled loop, and its gradients."""
+# The log densities at zero and at a positive count x, each with its partial derivatives, computed only if
+# called. mu: mean, theta: inverse dispersion, log_p0: the base's log density, g: logit of dropout.
 
-    @staticmethod
-    def forward(ctx: Any, compiled: Callable[..., Any], value: Tensor, *parameters: Tensor | None) -> Any:
-        tensors = [value.to(torch.float32), *parameters]
-        ctx.shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
-        ctx.wanted, ctx.shapes = (
-            ctx.needs_input_grad[2:],
-            [None if p is None else p.shape for p in parameters],
-        )
-        rows = [None if t is None else _rows_of(t, ctx.shape) for t in tensors]
-        log_prob, *slopes = compiled(*rows, list(ctx.wanted))
-        ctx.save_for_backward(*(slope for slope, want in zip(slopes, ctx.wanted, strict=True) if want))
-        return log_prob.view(ctx.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = iter(ctx.saved_tensors)
-        wanted = zip(ctx.wanted, ctx.shapes, strict=True)
-        return (
-            None,
-            None,
-            *(_chained(grad, next(slopes), ctx.shape, n) if want else None for want, n in wanted),
-        )
+_Terms = tuple[Tensor, *tuple[Callable[[], Tensor], ...]]
+_Density = tuple[Callable[..., _Terms], Callable[..., _Terms]]
 
 
-def _rows_of(tensor: Tensor, shape: Size) -> Tensor:
-    """Return (rows, genes) whose repetition is the broadcast; gene-wise parameters are one row."""
-    sizes = tensor.shape
-    while len(sizes) > 1 and sizes[0] == 1:
-        sizes = sizes[1:]
-    sizes = sizes or Size((1,))
-    return tensor.reshape(sizes).expand(shape[len(shape) - len(sizes) :]).reshape(-1, shape[-1]).contiguous()
-
-
-def _chained(grad: Tensor, slope: Tensor, shape: Size, to: Size) -> Tensor:
-    """Multiply by the gradient in each row's density; sum over what shares a parameter."""
-    rows = grad.reshape(-1)
-    if to.numel() == shape[-1] and to[-1:] == shape[-1:]:  # gene-wise: a sum over rows, without their product
-        return (rows @ slope).view(to)
-    return (rows.unsqueeze(-1) * slope).view(shape).sum_to_size(to)
-
-
-Terms = tuple[Tensor, *tuple[Callable[[], Tensor], ...]]
-Density = tuple[Callable[..., Terms], Callable[..., Terms]]
-
-
-def _poisson_at_zero(mu: Tensor) -> Terms:
+def _poisson_at_zero(mu: Tensor) -> _Terms:
     return -mu, lambda: mu.new_full((), -1.0)
 
 
-def _poisson_at_count(x: Tensor, mu: Tensor) -> Terms:
+def _poisson_at_count(x: Tensor, mu: Tensor) -> _Terms:
     mu = mu.clamp(min=_SMALLEST_MEAN)
     return x * mu.log() - mu - torch.lgamma(x + 1), lambda: ((x - mu) / mu).clamp(max=_STEEPEST)
 
 
-def _negative_binomial_at_zero(mu: Tensor, theta: Tensor) -> Terms:
+def _negative_binomial_at_zero(mu: Tensor, theta: Tensor) -> _Terms:
     log1p_ratio = (mu / theta).log1p()
     total = mu + theta
     return -theta * log1p_ratio, lambda: -theta / total, lambda: _less_log1p_ratio(mu / total, log1p_ratio)
 
 
-def _negative_binomial_at_count(x: Tensor, mu: Tensor, theta: Tensor) -> Terms:
+def _negative_binomial_at_count(x: Tensor, mu: Tensor, theta: Tensor) -> _Terms:
     mu = mu.clamp(min=_SMALLEST_MEAN)
     log1p_ratio = (mu / theta).log1p()
     total = mu + theta
@@ -89,7 +61,7 @@ def _negative_binomial_at_count(x: Tensor, mu: Tensor, theta: Tensor) -> Terms:
     )
 
 
-def _zero_inflated_at_zero(log_p0: Tensor, g: Tensor) -> Terms:
+def _zero_inflated_at_zero(log_p0: Tensor, g: Tensor) -> _Terms:
     p_kept = torch.sigmoid(-g)
     p_positive = p_kept * -log_p0.expm1()
     # Where p(0) is near 1, its log needs p(x > 0) to full relative accuracy; near 0, the sum in log space.
@@ -101,13 +73,13 @@ def _zero_inflated_at_zero(log_p0: Tensor, g: Tensor) -> Terms:
     )
 
 
-def _zero_inflated_at_count(x: Tensor, log_p0: Tensor, g: Tensor) -> Terms:
+def _zero_inflated_at_count(x: Tensor, log_p0: Tensor, g: Tensor) -> _Terms:
     return log_p0 - softplus(g), lambda: torch.ones_like(x), lambda: -torch.sigmoid(g)
 
 
-_POISSON: Density = (_poisson_at_zero, _poisson_at_count)
-_NEGATIVE_BINOMIAL: Density = (_negative_binomial_at_zero, _negative_binomial_at_count)
-_ZERO_INFLATED: Density = (_zero_inflated_at_zero, _zero_inflated_at_count)
+POISSON: _Density = (_poisson_at_zero, _poisson_at_count)
+NEGATIVE_BINOMIAL: _Density = (_negative_binomial_at_zero, _negative_binomial_at_count)
+ZERO_INFLATED: _Density = (_zero_inflated_at_zero, _zero_inflated_at_count)
 
 
 def _less_log1p_ratio(s: Tensor, log1p_ratio: Tensor) -> Tensor:
@@ -154,11 +126,14 @@ def _polynomial(x: Tensor, *coefficients: float) -> Tensor:
     return total.add_(c0)
 
 
-SMALL = 2**15
+# --- evaluating them
+
+_SMALL = 2**15
 """Entries up to which a density is evaluated at all of them, instead of looking up the positive counts."""
 
 
-def _log_prob(density: Density, batch_shape: Size, value: Tensor, *parameters: Tensor) -> Tensor:
+def log_prob_of(density: _Density, batch_shape: Size, value: Tensor, *parameters: Tensor) -> Tensor:
+    """Return the log density of each count, in nats, in the broadcast shape of counts and batch shape."""
     if not torch.is_grad_enabled():
         parameters = tuple(p.detach() for p in parameters)  # so that no partial derivative is computed
     log_prob = _ClosedForm.apply(density, value, *parameters)
@@ -169,13 +144,13 @@ class _ClosedForm(torch.autograd.Function):
     """A log density of counts whose gradients are the closed forms it comes with."""
 
     @staticmethod
-    def forward(ctx: Any, density: Density, value: Tensor, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, density: _Density, value: Tensor, *parameters: Tensor) -> Any:
         at_zero, at_count = density
         ctx.wanted, ctx.shapes = ctx.needs_input_grad[2:], [p.shape for p in parameters]
         shape = torch.broadcast_shapes(value.shape, *ctx.shapes)
         zeros = [y.expand(shape) for y in _evaluate(at_zero(*parameters), ctx.wanted)]
         # A lookup would have CUDA wait for the host, and no recording of a step can hold it.
-        if value.is_cuda or shape.numel() <= SMALL:
+        if value.is_cuda or shape.numel() <= _SMALL:
             counts = _evaluate(at_count(*map(_widen, (value, *parameters))), ctx.wanted)
             terms = [torch.where(value == 0, y, at.to(y.dtype)) for y, at in zip(zeros, counts, strict=True)]
         else:
@@ -186,18 +161,20 @@ class _ClosedForm(torch.autograd.Function):
             for y, at in zip(terms, counts, strict=True):
                 y.view(-1).index_copy_(0, entries, at.to(y.dtype))
         log_prob, *partials = terms
-        ctx.save_for_backward(*partials)
+        ctx.save_for_backward(*(p for p, want in zip(parameters, ctx.wanted, strict=True) if want), *partials)
         return log_prob
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        partials = iter(ctx.saved_tensors)
-        wanted = zip(ctx.wanted, ctx.shapes, strict=True)
-        return None, None, *((grad * next(partials)).sum_to_size(n) if want else None for want, n in wanted)
+        n = sum(ctx.wanted)
+        parameters, partials = ctx.saved_tensors[:n], iter(ctx.saved_tensors[n:])
+        with torch.no_grad():
+            wanted = zip(ctx.wanted, ctx.shapes, strict=True)
+            slopes = [(grad * next(partials)).sum_to_size(n) if want else None for want, n in wanted]
+        return None, None, *only_once(slopes, [grad, *parameters], ONCE)
 
 
-def _evaluate(terms: Terms, wanted: Sequence[bool]) -> list[Tensor]:
+def _evaluate(terms: _Terms, wanted: Sequence[bool]) -> list[Tensor]:
     log_prob, *partials = terms
     return [log_prob, *(partial() for partial, want in zip(partials, wanted, strict=True) if want)]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Results = Sequence[Tensor | None]
+_Results = Sequence[Tensor | None]
 
 _ROUNDING = 1e-6  # of a result's largest number
 _TIMES = 50.0  # a change in the last digit of the state, by which results may differ
@@ -18,7 +18,9 @@ def restore(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
             tensor.copy_(value)
 
 
-def agree(results: Results, others: Results, outcome: Callable[[], Results], state: Sequence[Tensor]) -> bool:
+def agree(
+    results: _Results, others: _Results, outcome: Callable[[], _Results], state: Sequence[Tensor]
+) -> bool:
     """Say whether results are equal but for rounding.
 
     Each may differ by a millionth of its largest number. Some have less digits than that: the gradient of an
@@ -56,11 +58,11 @@ def _within(a: Tensor, b: Tensor, slack: float) -> bool:
     return torch.allclose(a, b, rtol=_ROUNDING, atol=_ROUNDING * scale + slack, equal_nan=True)
 
 
-def _changes(outcome: Callable[[], Results], state: Sequence[Tensor]) -> list[float]:
+def _changes(outcome: Callable[[], _Results], state: Sequence[Tensor]) -> list[float]:
     """Return how much each result changes, at most, where the last digits of the state change at random."""
     kept = [tensor.detach().clone() for tensor in state]
     random = torch.Generator().manual_seed(0)
-    runs: list[Results] = []
+    runs: list[_Results] = []
     try:
         for size in (0.0, 1.0, -1.0):
             with torch.no_grad():

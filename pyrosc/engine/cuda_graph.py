@@ -55,7 +55,9 @@ class CudaGraph:
 
             if not agree(outcome(step), outcome(self), partial(outcome, step), state):
                 msg = "a replay on other cells differs: a program does what no tensor operation shows"
-                raise NotRecordableError(msg)
+                raise NotRecordableError(msg, impure=True)
+        except NotRecordableError:
+            raise
         except RuntimeError as error:  # (torch's own, of what a capture can't hold, among them)
             raise NotRecordableError(str(error).partition("\n")[0]) from error
         finally:

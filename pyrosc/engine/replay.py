@@ -15,24 +15,35 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyrosc.engine.compare import agree, restore
-from pyrosc.engine.fusing import fuse
 from pyrosc.engine.lower import shorten
-from pyrosc.engine.passes import simplify
+from pyrosc.engine.passes import fuse, simplify
 from pyrosc.engine.rng import seeded
 from pyrosc.engine.trace import traced
 
-Gradients = Callable[..., tuple[Tensor, list[Tensor | None]]]
+_Gradients = Callable[..., tuple[Tensor, list[Tensor | None]]]
 """From inputs to a loss and its gradients; None for a parameter that it does not use."""
 
-REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (fuse, shorten)
+_REWRITES: tuple[Callable[[fx.GraphModule], None], ...] = (fuse, shorten)
 """What makes a graph sooner done, in this order; each works in place."""
 
 
 class NotRecordableError(RuntimeError):
-    """What a function does that no recording can hold."""
+    """What a function does that no recording can hold.
+
+    Parameters
+    ----------
+    why
+        The reason.
+    impure
+        Whether it shows that the function depends on more than tensors and torch's random numbers.
+    """
+
+    def __init__(self, why: str, *, impure: bool = False) -> None:
+        super().__init__(why)
+        self.impure = impure
 
 
-def gradients_of(loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> Gradients:
+def gradients_of(loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> _Gradients:
     """Return the function that runs a loss and differentiates it."""
 
     def gradients(*inputs: Any) -> tuple[Tensor, list[Tensor | None]]:
@@ -98,13 +109,13 @@ def recorded(
         wanted = outcome(function)
         if not passes(graph):
             msg = "a replay on other inputs differs: a program does what no tensor operation shows"
-            raise NotRecordableError(msg)
-        for rewrite in REWRITES:
+            raise NotRecordableError(msg, impure=True)
+        for rewrite in _REWRITES:
             graph = _rewritten(graph, rewrite, passes)
         replay = replay_of(graph)
         if not passes(graph):
             msg = "a second replay differs from the first: a program keeps what it computes"
-            raise NotRecordableError(msg)
+            raise NotRecordableError(msg, impure=True)
     finally:
         restore(state, kept)
     return replay

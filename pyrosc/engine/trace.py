@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _aten = torch.ops.aten
 
 
-class Made(NamedTuple):
+class _Made(NamedTuple):
     """What the tensor looks like that an operation returns."""
 
     shape: torch.Size
@@ -28,7 +28,7 @@ class Made(NamedTuple):
 
 
 def traced(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """Run a function; return the graph of the operations it ran, with :class:`Made` as ``meta["made"]``.
+    """Run a function; return the graph of the operations it ran, with :class:`_Made` as ``meta["made"]``.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class _Operations(TorchDispatchMode):
         """Remember where the tensors of a result come from."""
         if isinstance(result, Tensor):
             self._nodes[result] = node
-            node.meta["made"] = Made(result.shape, result.stride(), result.dtype, result.device)
+            node.meta["made"] = _Made(result.shape, result.stride(), result.dtype, result.device)
             return
         for i, part in enumerate(result or ()):
             if part is not None:

@@ -36,7 +36,7 @@ from pyrosc.inference.handlers import ScaleKL
 from pyrosc.inference.isolation import validating
 
 
-def weighted_loss(
+def _weighted_loss(
     elbo: ELBO, model: Program, guide: Program, cells: Cells, weight: float | Tensor = 1.0
 ) -> Float[Tensor, ""]:
     """Return the negative ELBO with a weight on its KL, in nats per cell.
@@ -87,7 +87,7 @@ def loss_and_gradients(
 ) -> Callable[[Cells, Tensor], tuple[Float[Tensor, ""], list[Tensor | None]]]:
     """Return what gives :func:`weighted_loss` of cells and a KL weight, and its gradients in parameters."""
     if hasattr(elbo, "differentiable_loss") or isinstance(elbo, RenyiELBO):
-        return gradients_of(partial(weighted_loss, elbo, model, guide), parameters)
+        return gradients_of(partial(_weighted_loss, elbo, model, guide), parameters)
 
     def by_backward(cells: Cells, weight: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Ask an estimator that has nothing to differentiate, but adds to ``grad`` itself."""
@@ -147,7 +147,7 @@ def checked_loss(elbo: ELBO, model: Program, guide: Program, cells: Cells) -> Te
     try:
         if isinstance(elbo, RenyiELBO):
             with validating(on=True):
-                return weighted_loss(elbo, model, guide, cells)
+                return _weighted_loss(elbo, model, guide, cells)
         with validating(on=True), warnings.catch_warnings():
             # What is deterministic in a guide alone, such as probabilities to be asked for, is no fault.
             warnings.filterwarnings("ignore", "Found non-auxiliary vars in guide")
@@ -215,7 +215,7 @@ def _sampled(trace: poutine.Trace) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
-def kl_by_site(model: Program, guide: Program, cells: Cells, *, mean_field: bool = True) -> dict[str, float]:
+def _kl_by_site(model: Program, guide: Program, cells: Cells, *, mean_field: bool = True) -> dict[str, float]:
     """Return the KL of each site that both programs sample, in nats per cell.
 
     Parameters
@@ -236,8 +236,8 @@ def loss_and_kl(
     """Return :func:`weighted_loss` and :func:`kl_by_site`, of one run of the programs if that is enough."""
     mean_field = isinstance(elbo, TraceMeanField_ELBO)
     if type(elbo) not in (Trace_ELBO, TraceMeanField_ELBO) or elbo.num_particles > 1:
-        loss = weighted_loss(elbo, model, guide, cells, weight)
-        return loss, kl_by_site(model, guide, cells, mean_field=mean_field)
+        loss = _weighted_loss(elbo, model, guide, cells, weight)
+        return loss, _kl_by_site(model, guide, cells, mean_field=mean_field)
     scaled = ScaleKL(weight)
     ((modelled, guided),) = elbo._get_traces(scaled(model), scaled(guide), (cells,), {})
     loss = torch.as_tensor(_ESTIMATES[type(elbo)](modelled, guided)) / -cells.n_total

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pyrosc.data.minibatch import Cells
 from pyrosc.data.schema import Schema
-from pyrosc.distributions.counts import without
+from pyrosc.distributions.cell import without
 from pyrosc.inference.contract import Program
 
 
-class LeaveOut(Messenger):
+class _LeaveOut(Messenger):
     """Leaves genes out of the density of the counts, of whatever site observes them.
 
     Parameters
@@ -44,7 +44,7 @@ def leaving_out(model: Program, schema: Schema) -> Program:
 
     @functools.wraps(model)
     def run(cells: Cells) -> Any:
-        with LeaveOut(kept, cells.x):
+        with _LeaveOut(kept, cells.x):
             return model(cells)
 
     run.__self__ = getattr(model, "__self__", model)  # type: ignore[attr-defined]  # whose parts it runs

@@ -28,7 +28,7 @@ from pyrosc.inference.elbo import check_estimator, checked_loss, loss_and_kl, of
 from pyrosc.inference.isolation import own_parameters
 from pyrosc.inference.step import Problem, Step, as_in_training
 
-CHECK_EVERY = 100
+_CHECK_EVERY = 100
 """Replayed steps after which one is taken both ways: about 2% of their time."""
 
 _log = logging.getLogger(__name__)
@@ -76,19 +76,16 @@ class _Stretch:
         return self.progress
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a training run found; see :class:`pyrosc.inference.fit.Found`."""
+def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[pd.DataFrame, dict[str, Any]]:  # noqa: FBT001
+    """Train in place; the parameters of the best epoch are kept.
 
-    history: pd.DataFrame
-    best_epoch: int
-    plate_nesting: int
-    parameters_of_each_cell: bool
-    replayed: bool | str
-
-
-def train(problem: Problem, settings: dict[str, Any], progress: bool) -> Trained:  # noqa: FBT001
-    """Train in place; the parameters of the best epoch are kept."""
+    Returns
+    -------
+    DataFrame
+        The history.
+    dict
+        What was found: attributes of :class:`~pyrosc.inference.found.Found`.
+    """
     start = time.perf_counter()
     state, plate_nesting, each = _checked(problem, settings)
     step = Step(problem, state, settings)
@@ -111,7 +108,7 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> Trained
                 if stretch is None or step.agrees(_rows_to_check(problem, step)):
                     raise
             over = interrupted or _is_over(done, step)
-            if stretch is not None and (over or step.taken - stretch.taken >= CHECK_EVERY):
+            if stretch is not None and (over or step.taken - stretch.taken >= _CHECK_EVERY):
                 if not step.agrees(_rows_to_check(problem, step)):
                     done, over = _gone_back(stretch, step), interrupted
                     if interrupted and not done.rows:
@@ -123,7 +120,13 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> Trained
     _check_finite(done.kept, state)
     restore(state, done.kept)
     history = pd.DataFrame(done.rows).rename_axis("epoch")
-    return Trained(history, done.best, plate_nesting, each, step.replayed)
+    return history, {
+        "best_epoch": done.best,
+        "plate_nesting": plate_nesting,
+        "parameters_of_each_cell": each,
+        "replayed": step.replayed,
+        "threads": problem.threads.numbers,
+    }
 
 
 def _is_over(done: _Progress, step: Step) -> bool:

@@ -10,6 +10,9 @@ import hashlib
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextvars import ContextVar
+from io import IOBase
+from queue import SimpleQueue
 from types import BuiltinFunctionType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-MOST = 100_000
+_MOST = 100_000
 """Objects that are looked at."""
 
 _LIBRARIES = (
@@ -93,7 +96,7 @@ def fingerprint(programs: Sequence[Any], known: Sequence[Tensor]) -> dict[str, A
     seen: dict[int, Any] = {id(tensor): tensor for tensor in known}
     found: dict[str, Any] = {}
     todo = [(_name(program), program) for program in reversed(programs)]
-    while todo and len(found) < MOST:
+    while todo and len(found) < _MOST:
         name, thing = todo.pop()
         if isinstance(thing, _PLAIN):
             found[name] = repr(thing)
@@ -137,6 +140,12 @@ def _value(thing: Any) -> Any:
         return str(thing.bit_generator.state)
     if isinstance(thing, random.Random | np.random.RandomState):
         return str(thing.getstate() if isinstance(thing, random.Random) else thing.get_state())
+    if isinstance(thing, ContextVar):
+        return repr(thing.get(None))
+    if isinstance(thing, IOBase):
+        return None if thing.closed or not thing.seekable() else thing.tell()
+    if isinstance(thing, SimpleQueue):
+        return thing.qsize()
     if isinstance(thing, GeneratorType):
         return None if thing.gi_frame is None else thing.gi_frame.f_lasti
     if hasattr(thing, "__next__") and hasattr(thing, "__reduce__"):

@@ -10,6 +10,22 @@ from pyrosc.data.counts import Counts
 from pyrosc.data.schema import Schema
 from pyrosc.inference.purity import is_pure
 
+SETTINGS = (
+    "epochs",
+    "minibatch_size",
+    "learning_rate",
+    "kl_warmup",
+    "kl_weight",
+    "validation",
+    "patience",
+    "weight_decay",
+    "clip_norm",
+    "precision",
+    "replay",
+    "seed",
+)
+"""Arguments of :func:`pyrosc.fit_svi` that a fit remembers."""
+
 
 def resolved(asked: dict[str, Any], model: Any, guide: Any, n_cells: int) -> dict[str, Any]:
     """Return the settings of a fit: as asked, as the model's attributes say, or the defaults.
@@ -36,7 +52,7 @@ def resolved(asked: dict[str, Any], model: Any, guide: Any, n_cells: int) -> dic
     n_train = n_cells - _n_held_out(n_cells, asked["validation"])
     minibatch_size = min(int(asked["minibatch_size"]), n_train)
     steps = -(-n_train // minibatch_size)
-    epochs = planned_epochs(steps) if asked["epochs"] is None else int(asked["epochs"])
+    epochs = _planned_epochs(steps) if asked["epochs"] is None else int(asked["epochs"])
     planned, warmup, patience = steps * epochs, asked["kl_warmup"], asked["patience"]
     return asked | {
         "epochs": epochs,
@@ -52,7 +68,7 @@ def _n_held_out(n_cells: int, validation: float) -> int:
     return min(round(n_cells * validation), n_cells - 1)
 
 
-def planned_epochs(steps: int) -> int:
+def _planned_epochs(steps: int) -> int:
     """Epochs that :func:`fit_svi` plans for so many minibatches: about 2000 steps, 5 to 200 epochs."""
     return min(200, max(5, round(2000 / steps)))
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyrosc.data.minibatch import Cells, Resident
+from pyrosc.data.minibatch import Cells, DeviceCounts
 from pyrosc.engine.adam import Adam
 from pyrosc.engine.bfloat16 import LinearInBfloat16
 from pyrosc.engine.compare import agree, restore
@@ -23,7 +24,7 @@ from pyrosc.inference.contract import Program
 from pyrosc.inference.elbo import loss_and_gradients
 from pyrosc.inference.purity import changed, fingerprint
 
-RECORD_AFTER, RECORD_FOR = 3, 50
+_RECORD_AFTER, _RECORD_FOR = 3, 50
 """Steps that are run before one is recorded, and steps to come for which that is worth its time."""
 
 _NOT_ASKED = "the program does not say that it is pure"
@@ -39,8 +40,8 @@ class Problem:
     guide: Program
     elbo: ELBO
     modules: list[nn.Module]
-    train: Resident
-    validation: Resident | None
+    train: DeviceCounts
+    validation: DeviceCounts | None
     threads: Threads
 
 
@@ -77,7 +78,7 @@ class Step:
         )
         self.replay: Callable[..., Any] | None = None
         self.graph: CudaGraph | None = None
-        enough = self.planned - RECORD_AFTER > RECORD_FOR
+        enough = self.planned - _RECORD_AFTER > _RECORD_FOR
         self.replayed: bool | str = _FEW if settings["replay"] else _NOT_ASKED
         self._to_be_recorded = bool(settings["replay"]) and enough
         if enough and not settings["replay"]:
@@ -95,11 +96,11 @@ class Step:
     def __call__(self, rows: Tensor) -> Tensor:
         """Take the step; return the loss before it, in nats per cell, on the device."""
         settings = self.settings
-        self.rate = settings["learning_rate"] * one_cycle(self.taken / self.planned)
+        self.rate = settings["learning_rate"] * _one_cycle(self.taken / self.planned)
         self.weight = settings["kl_weight"] * min(1.0, (self.taken + 1) / max(1, settings["kl_warmup"]))
         self.weight_there.fill_(self.weight)
         self.rate_there.fill_(self.rate)
-        if self._to_be_recorded and self.taken == RECORD_AFTER:
+        if self._to_be_recorded and self.taken == _RECORD_AFTER:
             self._record(rows)
         loss = self._step(rows, self.replay or self.gradients) if self.graph is None else self.graph(rows)
         self.taken += 1
@@ -177,7 +178,8 @@ class Step:
                 raise NotRecordableError(msg)
         except NotRecordableError as error:
             self.replayed = str(error)
-            _log.info("steps are run, not replayed: %s", error)
+            level = logging.WARNING if error.impure else logging.INFO
+            _log.log(level, "steps are run, not replayed: %s", error)
         else:
             self.replayed, self._at_recording = True, self._fingerprint()
             _log.info("steps are replayed from here on")
@@ -190,11 +192,14 @@ class Step:
         restore(self.state, kept)
         if (what := changed(before, self._fingerprint())) is not None:
             msg = f"a program changes {what} from step to step"
-            raise NotRecordableError(msg)
+            raise NotRecordableError(msg, impure=True)
 
     def _fingerprint(self) -> dict[str, Any]:
-        programs = [self.problem.model, self.problem.guide, self.problem.elbo, *self.problem.modules]
-        return fingerprint(programs, self.trained)
+        problem = self.problem
+        programs = [problem.model, problem.guide, problem.elbo, *problem.modules]
+        store = pyro.get_param_store().get_state()["params"]
+        kept = {"the parameter store": {name: id(tensor) for name, tensor in store.items()}}
+        return fingerprint(programs, self.trained) | kept
 
 
 def as_in_training(modules: list[nn.Module]) -> None:
@@ -214,6 +219,6 @@ def _clipped(gradients: list[Tensor | None], norm: float) -> list[Tensor | None]
     return [None if gradient is None else gradient * share for gradient in gradients]
 
 
-def one_cycle(done: float) -> float:
+def _one_cycle(done: float) -> float:
     """Return the learning rate as a share of its peak: up in a tenth of the run, then down along a cosine."""
     return 0.04 + 0.96 * done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9)

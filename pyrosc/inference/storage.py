@@ -29,19 +29,21 @@ from pyrosc.inference.contract import check_programs, pair
 from pyrosc.inference.found import Found, versions
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of, own_parameters
 
-FORMAT = 4  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced;
+_FORMAT = 4  # 1: the batch came first among the covariates, VSC had another gate; 2: mixtures were unpaced;
 # 3: what the run found stood among the settings
-TENSORS, RECORD = "parameters.safetensors", "fit.json"
+_TENSORS, _RECORD = "parameters.safetensors", "fit.json"
 
 
 def save(fit: Any, directory: str | Path) -> None:
     """Write a fit; see :meth:`pyrosc.Fit.save`."""
     directory = Path(directory).resolve()
-    if directory.exists() and not (directory.is_dir() and not set(os.listdir(directory)) - {TENSORS, RECORD}):
+    if directory.exists() and not (
+        directory.is_dir() and not set(os.listdir(directory)) - {_TENSORS, _RECORD}
+    ):
         msg = f"{directory} holds something that is no saved fit: choose another directory"
         raise FileExistsError(msg)
     record = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "program": recipe_of(fit),
         "schema": _schema_to_json(fit.schema),
         "settings": {name: _in_words(value) for name, value in fit.settings.items()},
@@ -54,11 +56,11 @@ def save(fit: Any, directory: str | Path) -> None:
     fresh = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     fresh.mkdir()
     try:
-        (fresh / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False, default=_plain))
+        (fresh / _RECORD).write_text(json.dumps(record, indent=1, allow_nan=False, default=_plain))
         tensors = _tensors_of(fit.program, fit.separate_guide, fit.params)
-        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, fresh / TENSORS)
-        shutil.copymode(fresh / RECORD, fresh / TENSORS)  # safetensors writes for the owner alone
-        for name in (TENSORS, RECORD):
+        save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, fresh / _TENSORS)
+        shutil.copymode(fresh / _RECORD, fresh / _TENSORS)  # safetensors writes for the owner alone
+        for name in (_TENSORS, _RECORD):
             _flush(fresh / name)
         _replace(fresh, directory)
     finally:
@@ -68,15 +70,15 @@ def save(fit: Any, directory: str | Path) -> None:
 def read(directory: str | Path, model: Any, guide: Any, device: str) -> dict[str, Any]:
     """Return the attributes of a saved :class:`pyrosc.Fit`; see :func:`pyrosc.load`."""
     directory = _saved(Path(directory).resolve())
-    record = _read(directory / RECORD, lambda path: json.loads(path.read_text()))
-    if record["format"] > FORMAT:
+    record = _read(directory / _RECORD, lambda path: json.loads(path.read_text()))
+    if record["format"] > _FORMAT:
         msg = f"{directory} was written by pyrosc {record['versions']['pyrosc']}: upgrade pyrosc to read it"
         raise ValueError(msg)
-    if record["format"] < FORMAT:
+    if record["format"] < _FORMAT:
         msg = f"{directory} was written by an earlier pyrosc, whose models meant other things: fit it again"
         raise ValueError(msg)
     settings = {name: _NOT_FINITE.get(str(value), value) for name, value in record["settings"].items()}
-    tensors = _read(directory / TENSORS, load_file)
+    tensors = _read(directory / _TENSORS, load_file)
     schema = _schema_from_json(record["schema"])
     on = device_of(device)
     program, separate_guide = _build(record["program"], schema) if model is None else copied(model, guide)
@@ -247,7 +249,7 @@ def _old(directory: Path) -> Path:
 def _saved(directory: Path) -> Path:
     """Return where the fit is: a crash between two renames leaves it under the old one's name."""
     for place in (directory, _old(directory)):
-        if (place / RECORD).exists() and (place / TENSORS).exists():
+        if (place / _RECORD).exists() and (place / _TENSORS).exists():
             return place
-    msg = f"no saved fit in {directory}: it needs the files {RECORD} and {TENSORS}"
+    msg = f"no saved fit in {directory}: it needs the files {_RECORD} and {_TENSORS}"
     raise FileNotFoundError(msg)

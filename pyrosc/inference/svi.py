@@ -15,7 +15,7 @@ from pyrosc.inference.found import Found, versions
 from pyrosc.inference.handlers import leaving_out
 from pyrosc.inference.isolation import copied, device_of, isolated, modules_of
 from pyrosc.inference.loop import train
-from pyrosc.inference.settings import check_made_for, resolved, split
+from pyrosc.inference.settings import SETTINGS, check_made_for, resolved, split
 from pyrosc.inference.step import Problem
 
 
@@ -131,6 +131,7 @@ def fit_svi(
     Pyro's handlers, parameter store and random numbers are the process's, so fits in several threads take
     turns: one fits while others wait. Use processes to fit at the same time.
     """
+    asked = {name: value for name, value in locals().items() if name in SETTINGS}
     if isinstance(model, Fit):
         msg = "this is a Fit: pyrosc.fit_svi(fit.program, ...) trains its model on, fit_query on new batches"
         raise TypeError(msg)
@@ -138,53 +139,29 @@ def fit_svi(
     if not data.n_cells:
         msg = "no cells: the selection is empty"
         raise ValueError(msg)
-    asked = {
-        "epochs": epochs,
-        "minibatch_size": minibatch_size,
-        "learning_rate": learning_rate,
-        "kl_warmup": kl_warmup,
-        "kl_weight": kl_weight,
-        "validation": validation,
-        "patience": patience,
-        "weight_decay": weight_decay,
-        "clip_norm": clip_norm,
-        "precision": precision,
-        "replay": replay,
-        "seed": seed,
-    }
     settings = resolved(asked, model, guide, data.n_cells)
     check_made_for(model, data)
     on = device_of(device)
     program, separate_guide = copied(model, guide)
-    for module in modules_of(program, separate_guide):
+    modules = modules_of(program, separate_guide)
+    for module in modules:
         module.to(on)
-    train_rows, validation_rows = split(data.n_cells, settings["validation"], settings["seed"])
+    rows = split(data.n_cells, settings["validation"], settings["seed"])
     params: dict[str, Any] = {"params": {}, "constraints": {}}
     counts = data.on(on)
-    with (
-        isolated(on, settings["seed"], params),
-        watched(settings["minibatch_size"] * data.n_genes) as threads,
-    ):
+    n_entries = settings["minibatch_size"] * data.n_genes
+    with isolated(on, settings["seed"], params), watched(n_entries) as threads:
         chosen, variational = pair(program, separate_guide)
         problem = Problem(
             leaving_out(chosen, data.schema),
             variational,
-            elbo=elbo_of(program, elbo),
-            modules=modules_of(program, separate_guide),
-            train=counts.take(torch.as_tensor(train_rows, device=on)),
-            validation=counts.take(torch.as_tensor(validation_rows, device=on)),
-            threads=threads,
+            elbo_of(program, elbo),
+            modules,
+            *(counts.take(torch.as_tensor(some, device=on)) for some in rows),
+            threads,
         )
-        trained = train(problem, settings, progress)
+        history, learned = train(problem, settings, progress)
     found = Found(
-        n_cells=data.n_cells,
-        n_train=len(train_rows),
-        best_epoch=trained.best_epoch,
-        plate_nesting=trained.plate_nesting,
-        parameters_of_each_cell=trained.parameters_of_each_cell,
-        replayed=trained.replayed,
-        threads=threads.numbers,
-        data=data.fingerprint,
-        versions=versions(),
+        n_cells=data.n_cells, n_train=len(rows[0]), data=data.fingerprint, versions=versions(), **learned
     )
-    return Fit(program, separate_guide, params, data.schema, trained.history, settings, found, on)
+    return Fit(program, separate_guide, params, data.schema, history, settings, found, on)

@@ -144,11 +144,11 @@ class AutoZI(nn.Module):
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
             z = pyro.sample("z", self.prior(cells))
             l = pyro.sample("l", self.library(cells).to_event(1))
-            h, rho = self.decoder(z, cells)
-            rho = pyro.deterministic("rho", rho, event_dim=1)
+            h, logits = self.decoder(z, cells)
+            pyro.deterministic("rho", logits.softmax(-1), event_dim=1)
             pi = self.least_dropout + (1 - self.least_dropout) * torch.sigmoid(self.gate(h))
             gate_logits = ((1 - delta) * pi).clamp(1e-6, 1 - 1e-6).logit()
-            x = ZeroInflated(self.likelihood(l * rho, h, cells.batch), gate_logits)
+            x = ZeroInflated(self.likelihood(h, cells.batch, logits=logits, total=l), gate_logits)
             pyro.sample("x", x.to_event(1), obs=cells.x)
 
     def guide(self, cells: Cells) -> None:

@@ -150,7 +150,7 @@ class DCA(nn.Module):
             mu = size * self.mean(h).clamp(-12, 14).exp()
             l = pyro.deterministic("l", mu.sum(-1, keepdim=True), event_dim=1)
             pyro.deterministic("rho", mu / l, event_dim=1)
-            x = self.likelihood(mu, h, cells.batch)
+            x = self.likelihood(h, cells.batch, mean=mu)
             if self.ridge:
                 pyro.factor("ridge", -self.ridge * torch.sigmoid(x.gate_logits).square().sum(-1))
             pyro.sample("x", x.to_event(1), obs=cells.x)

@@ -109,9 +109,10 @@ class LDVAE(nn.Module):
         with pyro.plate("cells", cells.n_total, subsample=cells.index):
             z = pyro.sample("z", self.prior(cells))
             l = pyro.sample("l", self.library(cells).to_event(1))
-            h, rho = self.decoder(z, cells)
-            rho = pyro.deterministic("rho", rho, event_dim=1)
-            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+            h, logits = self.decoder(z, cells)
+            pyro.deterministic("rho", logits.softmax(-1), event_dim=1)
+            x = self.likelihood(h, cells.batch, logits=logits, total=l)
+            pyro.sample("x", x.to_event(1), obs=cells.x)
 
     def guide(self, cells: Cells) -> None:
         """Sample z and l given the counts."""

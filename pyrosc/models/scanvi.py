@@ -151,9 +151,10 @@ class SCANVI(nn.Module):
             log_q = log_q.gather(-1, label).squeeze(-1)
             pyro.factor("classification", self.classification * torch.where(known, log_q, 0.0))
             l = pyro.sample("l", self.library(cells).to_event(1))
-            h, rho = self.decoder(z, cells)
-            rho = pyro.deterministic("rho", rho, event_dim=1)
-            pyro.sample("x", self.likelihood(l * rho, h, cells.batch).to_event(1), obs=cells.x)
+            h, logits = self.decoder(z, cells)
+            pyro.deterministic("rho", logits.softmax(-1), event_dim=1)
+            x = self.likelihood(h, cells.batch, logits=logits, total=l)
+            pyro.sample("x", x.to_event(1), obs=cells.x)
 
     def guide(self, cells: Cells) -> None:
         """Sample z given the counts, y given z or the label, and u given both; l given the counts."""

@@ -1,4 +1,4 @@
-"""Neural networks, and heads that return distributions. They know tensors, not AnnData and not training."""
+"""Networks from cells to distributions of their states, and from states to what the counts are made of."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class CellsLinear(nn.Module):
 
     def forward(self, cells: Cells) -> Float[Tensor, "cells out"]:
         """Return the map of each cell."""
-        h = self.counts(cells.x)
+        h = self.counts(cells.x, cells.entries)
         return h if self.shift is None else h + self.shift(self.covariates(cells))
 
 
@@ -101,12 +101,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the state z of cells and their covariates to features h and shares rho of the genes.
+    """From the state z of cells and their covariates to features h and logits of the genes' shares.
 
     Parameters
     ----------
     n_latent, n_genes
-        Widths of z and of rho.
+        Widths of z and of the logits.
     covariates
         What the network sees beside z; also an offset of its own for each gene.
     hidden, norm, dropout
@@ -131,14 +131,14 @@ class Decoder(nn.Module):
         self.logits = nn.Linear(self.n_out, n_genes)
 
     def start_at(self, share: Float[Tensor, "genes"]) -> None:
-        """Set the offsets so that rho starts near these shares."""
+        """Set the offsets so that the shares, softmax(logits), start near these."""
         with torch.no_grad():
             self.logits.bias.copy_(share.log())
 
     def forward(
         self, z: Float[Tensor, "*draws cells latent"], cells: Cells
     ) -> tuple[Float[Tensor, "*draws cells hidden"], Float[Tensor, "*draws cells genes"]]:
-        """Return features h and shares rho; each row of rho sums to one."""
+        """Return features h, and logits whose softmax are the genes' shares."""
         c = self.covariates(cells)
         h = beside(self.body(beside(z, c) if len(self.body) else z), c)
-        return h, torch.softmax(self.logits(h), -1)
+        return h, self.logits(h)

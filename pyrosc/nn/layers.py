@@ -52,7 +52,7 @@ class BatchNorm(nn.Module):
         return self.norm(flat).view(h.shape)
 
 
-def normalisation(name: str | None, width: int) -> nn.Module:
+def _normalisation(name: str | None, width: int) -> nn.Module:
     """Return the normalisation layer called ``"layer"``, ``"batch"`` or None.
 
     Raises
@@ -107,7 +107,7 @@ class Dropout(nn.Module):
 
 def activation(width: int, *, norm: str | None, dropout: float) -> list[nn.Module]:
     """Return what follows a linear map: normalisation, ReLU and dropout."""
-    return [normalisation(norm, width), nn.ReLU(), *([Dropout(dropout)] if dropout else [])]
+    return [_normalisation(norm, width), nn.ReLU(), *([Dropout(dropout)] if dropout else [])]
 
 
 class MLP(nn.Sequential):

@@ -1,4 +1,8 @@
-"""Likelihoods p(x given z) of counts: modules that turn a mean and features into a distribution."""
+"""Likelihoods p(x given z) of counts: modules that add to a mean what else a distribution needs.
+
+The mean is what the decoder emits, ``logits=`` of the genes' shares and a ``total=``, or ``mean=`` itself;
+the distribution is given it as it is.
+"""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,24 +15,32 @@ from pyrosc import distributions
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """From the mean of the counts (cells x genes), features h and batch codes to p(x given z)."""
+    """From features h, batch codes and a mean to p(x given z)."""
 
     def __call__(
         self,
-        mean: Float[Tensor, "*draws cells genes"],
         h: Float[Tensor, "*draws cells hidden"],
         batch: Int[Tensor, "cells"],
+        **mean: Float[Tensor, "..."],
     ) -> Any:  # a Pyro distribution
-        """Return the distribution of the counts, batch shape (*draws, cells, genes)."""
+        """Return the distribution of the counts, batch shape (*draws, cells, genes).
+
+        Parameters
+        ----------
+        h, batch
+            Features of the cells, and their batches.
+        mean
+            ``logits=`` and ``total=``, or ``mean=``, each of last axis genes or 1.
+        """
         ...
 
 
 class Poisson(nn.Module):
     """x ~ Poisson(mean)."""
 
-    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.Poisson:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.Poisson:  # noqa: ARG002
         """Return Poisson(mean)."""
-        return distributions.Poisson(mean)
+        return distributions.Poisson(**mean)
 
 
 class NegativeBinomial(nn.Module):
@@ -46,11 +58,11 @@ class NegativeBinomial(nn.Module):
         super().__init__()
         self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_batches, n_genes))
 
-    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
         """Return NegativeBinomial(mean, theta)."""
         log_theta = self.log_inverse_dispersion
         theta = log_theta.exp()[batch] if len(log_theta) > 1 else log_theta[0].exp()
-        return distributions.NegativeBinomial(mean, theta)
+        return distributions.NegativeBinomial(**mean, inverse_dispersion=theta)
 
 
 class ZeroInflated(nn.Module):
@@ -69,9 +81,9 @@ class ZeroInflated(nn.Module):
         self.base = base
         self.gate_logits = nn.Linear(n_hidden, n_genes)
 
-    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.ZeroInflated:
+    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.ZeroInflated:
         """Return ZeroInflated(base, gate_logits)."""
-        return distributions.ZeroInflated(self.base(mean, h, batch), self.gate_logits(h))
+        return distributions.ZeroInflated(self.base(h, batch, **mean), self.gate_logits(h))
 
 
 class LinearNegativeBinomial(nn.Module):
@@ -89,10 +101,11 @@ class LinearNegativeBinomial(nn.Module):
         super().__init__()
         self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
 
-    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
         """Return NegativeBinomial(mean, kappa mean)."""
-        theta = (mean * self.log_inverse_dispersion.exp()).clamp_min(1e-10)
-        return distributions.NegativeBinomial(mean, theta)
+        mu = distributions.Poisson(**mean).mean
+        theta = (mu * self.log_inverse_dispersion.exp()).clamp_min(1e-10)
+        return distributions.NegativeBinomial(mu, theta)
 
 
 class ConditionalNegativeBinomial(nn.Module):
@@ -108,9 +121,10 @@ class ConditionalNegativeBinomial(nn.Module):
         super().__init__()
         self.log_inverse_dispersion = nn.Linear(n_hidden, n_genes)
 
-    def forward(self, mean: Tensor, h: Tensor, batch: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
         """Return NegativeBinomial(mean, theta)."""
-        return distributions.NegativeBinomial(mean, self.log_inverse_dispersion(h).clamp(-9, 9).exp())
+        theta = self.log_inverse_dispersion(h).clamp(-9, 9).exp()
+        return distributions.NegativeBinomial(**mean, inverse_dispersion=theta)
 
 
 def likelihood_of(

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from pyrosc.data.minibatch import Entries
 from pyrosc.engine.backends import kernels
+from pyrosc.engine.once import only_once
+
+_ONCE = "Log1pLinear is differentiable once; for second derivatives use log1p(x) @ layer.weight + layer.bias"
 
 
 class Log1pLinear(nn.Module):
@@ -33,12 +36,24 @@ class Log1pLinear(nn.Module):
         """Show the widths."""
         return "{}, {}".format(*self.weight.shape)
 
-    def forward(self, x: Float[Tensor, "cells genes"]) -> Float[Tensor, "cells out"]:
-        """Return the map of each cell's counts."""
+    def forward(
+        self, x: Float[Tensor, "cells genes"], entries: Entries | None = None
+    ) -> Float[Tensor, "cells out"]:
+        """Return the map of each cell's counts.
+
+        Parameters
+        ----------
+        x
+            Counts.
+        entries
+            Which are not zero, where that is known: of this very tensor, or they are looked for.
+        """
         suited = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, self.weight))
         with_gradient = torch.is_grad_enabled()
         if suited and not (x.requires_grad and with_gradient) and kernels():
-            return _Log1pLinear.apply(x, self.weight if with_gradient else self.weight.detach()) + self.bias
+            weight = self.weight if with_gradient else self.weight.detach()
+            known = entries if entries is not None and entries.x is x else None
+            return _Log1pLinear.apply(x, weight, known) + self.bias
         return torch.addmm(self.bias, torch.log1p(x), self.weight)
 
 
@@ -46,15 +61,18 @@ class _Log1pLinear(torch.autograd.Function):
     """The product, and its gradient in the weight; the counts have none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Any:
-        product, *by_gene = torch.ops.pyrosc.log1p_linear(x.contiguous(), weight, ctx.needs_input_grad[1])
-        ctx.save_for_backward(x, *by_gene)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, entries: Entries | None) -> Any:
+        at = [None] * 4 if entries is None else [entries.start, entries.stop, entries.gene, entries.count]
+        slope = ctx.needs_input_grad[1]
+        product, *by_gene = torch.ops.pyrosc.log1p_linear(x.contiguous(), weight, *at, slope)
+        ctx.save_for_backward(x, weight, *by_gene)
         return product
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
-        wanted = ctx.needs_input_grad[1]
-        return None, torch.ops.pyrosc.log1p_linear_slope(
-            grad.contiguous(), *ctx.saved_tensors
-        ) if wanted else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        x, weight, *by_gene = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
+        with torch.no_grad():
+            slope = torch.ops.pyrosc.log1p_linear_slope(grad.contiguous(), x, *by_gene)
+        return None, *only_once([slope], [grad, weight], _ONCE), None

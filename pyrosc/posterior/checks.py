@@ -33,7 +33,7 @@ def counts_of(fit: Any, data: Counts | anndata.AnnData) -> Counts:
     return counts
 
 
-def is_between(value: Any, low: Any, high: Any) -> bool:
+def _is_between(value: Any, low: Any, high: Any) -> bool:
     """Say whether it is a number between these, and neither of them."""
     return bool(isinstance(value, Real) and low < value < high)
 
@@ -50,7 +50,7 @@ def check_draws(n_draws: Any, name: str = "n_draws") -> None:
 
 def check_interval(interval: Any) -> None:
     """Raise unless it is the probability of an interval."""
-    if not is_between(interval, 0, 1):
+    if not _is_between(interval, 0, 1):
         msg = f"interval is a probability between 0 and 1, not {interval!r}"
         raise ValueError(msg)
 

@@ -8,7 +8,7 @@ import pytest
 import pyrosc
 from pyrosc.cli import command
 from pyrosc.cli.command import main
-from pyrosc.cli.demo import OWN
+from pyrosc.cli.demo import _OWN
 
 
 def test_without_scanpy_the_remedy_is_named(monkeypatch, tmp_path):
@@ -66,7 +66,7 @@ def test_as_a_program_of_its_own(tmp_path):
     assert run.stdout == (out / "summary.txt").read_text()
     assert "1/4 fitting a VAE to 560 cells" in run.stderr
     assert "2/2 " in run.stderr  # a progress bar
-    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == OWN - {"fit/"}
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == _OWN - {"fit/"}
 
     (out / "mine.txt").write_text("mine")
     again = subprocess.run(command, **how)

@@ -9,7 +9,7 @@ import pytest
 
 import pyrosc
 from pyrosc.cli import demo as module
-from pyrosc.cli.demo import OWN, demo
+from pyrosc.cli.demo import _OWN, demo
 
 WRITTEN = {
     "summary.txt",
@@ -37,7 +37,7 @@ def ran(tmp_path_factory):
 
 def test_the_demo_writes_its_files(ran):
     folder, _ = ran
-    assert files(folder) == WRITTEN == {name for name in OWN if not name.endswith("/")}
+    assert files(folder) == WRITTEN == {name for name in _OWN if not name.endswith("/")}
     for picture in folder.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 10_000

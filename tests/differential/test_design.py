@@ -7,7 +7,7 @@ import scipy.sparse as sp
 from arms import counts_of_donors, donors
 
 from pyrosc import differential_expression
-from pyrosc.differential.design import comparable, contrasts
+from pyrosc.differential.design import _comparable, contrasts
 from pyrosc.differential.group_sums import pseudobulk
 
 
@@ -133,7 +133,7 @@ def test_a_donor_of_both_sides_shares_its_stratum_with_no_batch():
     """Two units of three batches: batch 2 has one side only, and says nothing, whatever the others' codes."""
     x = np.ones((6, 3), np.float32)
     zero, one = pseudobulk(sp.csr_array(x), np.array([0, 0, 1, 1, 1, 1]), 2, np.array([0, 0, 0, 0, 1, 1]), 2)
-    used, stratum = comparable(one, zero, np.array([0, 2]), "average", ["a", "b", "c"], "case")
+    used, stratum = _comparable(one, zero, np.array([0, 2]), "average", ["a", "b", "c"], "case")
     assert used.tolist() == [0]
     assert stratum.tolist() == [0]
 

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scipy import stats
 
 from pyrosc import interaction
-from pyrosc.differential.interaction import of_difference
+from pyrosc.differential.interaction import _of_difference
 from pyrosc.differential.quasi_likelihood import LFC
 
 QUESTION = {"groupby": "condition", "group": "stim", "reference": "ctrl", "by": "cell_type", "baseline": "T"}
@@ -60,7 +60,7 @@ def test_of_normal_curves_it_is_normal():
     """The difference of N(m, s^2) and N(n, r^2) is N(m - n, s^2 + r^2)."""
     m, s, n, r = np.array([1.0, -2.0]), np.array([0.3, 0.5]), np.array([0.5, 1.0]), np.array([0.4, 0.1])
     a, b = (stats.norm.pdf(LFC, at[:, None], sd[:, None]) for at, sd in ((m, s), (n, r)))
-    found = of_difference(a / a.max(1, keepdims=True), b / b.max(1, keepdims=True))
+    found = _of_difference(a / a.max(1, keepdims=True), b / b.max(1, keepdims=True))
     true = stats.norm.pdf(LFC, (m - n)[:, None], np.hypot(s, r)[:, None])
     np.testing.assert_allclose(found, true / true.max(1, keepdims=True), atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_of_a_curve_that_knows_nothing_neither_does_it():
     known = np.exp(-0.5 * ((LFC - 1) / 0.2) ** 2)[None]
     flat = np.ones_like(known)
     for a, b in ((known, flat), (flat, known), (flat, flat)):
-        found = of_difference(a, b)[0]
+        found = _of_difference(a, b)[0]
         np.testing.assert_allclose(found[np.abs(LFC) < 8], 1, atol=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_a_bound_stays_a_bound():
     """No count in one arm: a fold change of at least 2, less one of 0.5, is at least 1.5."""
     least = (1 / (1 + np.exp(-(LFC - 2) / 0.05)))[None]
     known = np.exp(-0.5 * ((LFC - 0.5) / 0.05) ** 2)[None]
-    found = of_difference(least, known)[0]
+    found = _of_difference(least, known)[0]
     assert found[LFC < 1].max() < 1e-3
     assert found[LFC > 2].min() > 0.99
 

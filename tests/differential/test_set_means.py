@@ -3,7 +3,7 @@
 import numpy as np
 
 from pyrosc.differential.quasi_likelihood import LFC
-from pyrosc.differential.set_means import Errors, _spread, set_means
+from pyrosc.differential.set_means import _Errors, _spread, set_means
 
 
 def test_means_of_sets_are_best_linear_predictions():
@@ -13,7 +13,7 @@ def test_means_of_sets_are_best_linear_predictions():
     e = rng.normal(0, 0.6, 6)
     curves = np.exp(-0.5 * (LFC - e[:, None]) ** 2 / c[:, None])
     member = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]).T.astype(float)
-    independent = Errors(lambda: [np.eye(6)])
+    independent = _Errors(lambda: [np.eye(6)])
     found, variance = set_means(curves, independent, member)
     s2 = _spread(e, c, independent, member)
     for i, rows in enumerate((slice(0, 3), slice(3, 6))):
@@ -36,5 +36,5 @@ def test_errors_that_go_together_are_summed_over_pairs():
         correlation = np.nan_to_num(items.T @ items / np.outer(norms, norms))
     np.fill_diagonal(correlation, 0)
     want = [w @ correlation @ w for w in weights.T]
-    found = Errors(lambda: [items[:20], items[20:]]).together(weights)
+    found = _Errors(lambda: [items[:20], items[20:]]).together(weights)
     np.testing.assert_allclose(found, want, rtol=1e-10)

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from test_kernels import ALL, BROADCASTS, MAKE, SPECIAL, check, example
+from test_count_density import ALL, BROADCASTS, MAKE, SPECIAL, check, example
 
-from pyrosc import VAE, distributions, fit_svi
-from pyrosc.engine import backends as compiled
+from pyrosc import VAE, fit_svi
+from pyrosc.distributions import cell
+from pyrosc.engine import backends
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,7 @@ def called(monkeypatch):
     compute = lambda *a: calls.append(a) or cuda.log_density(*a)
     monkeypatch.setattr(cuda, "_BLOCK", 32)
     monkeypatch.setattr(cuda, "_TABLE", 20)
-    monkeypatch.setattr(distributions, "log_density_for", lambda *_: compute)
+    monkeypatch.setattr(cell, "log_density_for", lambda *_: compute)
     return calls
 
 
@@ -79,7 +80,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pyrosc.cuda import _log_density
+from pyrosc.engine.cuda.count_density import _log_density
 
 given = {"x_at", "mean_at", "log_p_at", "table_at", "d_mean_at"} | set(sys.argv[1:])
 signature, constants = {}, {}
@@ -112,18 +113,18 @@ def test_without_triton_torch_does_the_same(monkeypatch, caplog):
         raise RuntimeError("no device\nhere")
 
     monkeypatch.setattr(torch, "ones", fail)
-    compiled.on_cuda.cache_clear()
+    backends._on_cuda.cache_clear()
     try:
-        assert compiled.on_cuda() is None
+        assert backends._on_cuda() is None
     finally:
-        compiled.on_cuda.cache_clear()
+        backends._on_cuda.cache_clear()
     assert "Triton cannot be used (no device)" in caplog.text
 
 
 @GPU
 @ALL
 def test_on_a_device(name):
-    assert compiled.on_cuda(), "Triton does not compile here"
+    assert backends._on_cuda(), "Triton does not compile here"
     parameters, x = example(name, 64, 1025)
     check_there(name, x, parameters)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pyrosc.engine.cpu import count_density as kernels
-from pyrosc.nn import encoder_decoder as networks
+from pyrosc.engine.cpu import dropout
+from pyrosc.nn import layers
 from pyrosc.nn.layers import Dropout
 
 
@@ -12,7 +12,7 @@ from pyrosc.nn.layers import Dropout
 def loop(request, monkeypatch):
     """Where numba is, and where it is not: there torch draws all numbers."""
     if not request.param:
-        monkeypatch.setattr(networks, "kernels", lambda: None)
+        monkeypatch.setattr(layers, "kernels", lambda: None)
     return request.param
 
 
@@ -34,8 +34,8 @@ def test_the_mean_stays_and_the_share_is_as_asked(probability):
 
 
 def test_the_loop_runs_where_it_can(loop, monkeypatch):
-    calls, original = [], kernels._keep
-    monkeypatch.setattr(kernels._keeps, "alone", lambda *a: calls.append(a) or original(*a))
+    calls, original = [], dropout._keep
+    monkeypatch.setattr(dropout._keeps, "alone", lambda *a: calls.append(a) or original(*a))
     dropped(0.3, 5, 4)
     assert bool(calls) == loop
 

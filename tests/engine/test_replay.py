@@ -1,6 +1,6 @@
 """Steps that are replayed: the same bits as steps that are run, and what can't be recorded is run.
 
-The loop that `fuse` puts in rounds otherwise: see `test_fusing.py`. Here it is left out.
+The loop that `fuse` puts in rounds otherwise: see `test_passes.py`. Here it is left out.
 """
 
 import logging
@@ -18,8 +18,7 @@ from torch import nn
 
 from pyrosc import VAE, distributions, fit_svi
 from pyrosc.engine import replay
-from pyrosc.engine.fusing import fuse
-from pyrosc.engine.passes import simplify
+from pyrosc.engine.passes import fuse, simplify
 from pyrosc.engine.replay import NotRecordableError, gradients_of, recorded
 from pyrosc.engine.trace import traced
 from pyrosc.inference import loop, step
@@ -114,9 +113,9 @@ def fit(data, monkeypatch, caplog):
     """A fit with steps recorded after two, or never; whether they were replayed; and what was said."""
 
     def fitted(make, *, record, on=data, **settings):
-        monkeypatch.setattr(replay, "REWRITES", tuple(f for f in replay.REWRITES if f is not fuse))
-        monkeypatch.setattr(step, "RECORD_AFTER", 2)
-        monkeypatch.setattr(step, "RECORD_FOR", 0)
+        monkeypatch.setattr(replay, "_REWRITES", tuple(f for f in replay._REWRITES if f is not fuse))
+        monkeypatch.setattr(step, "_RECORD_AFTER", 2)
+        monkeypatch.setattr(step, "_RECORD_FOR", 0)
         caplog.clear()
         program, guide = make(on)
         with caplog.at_level(logging.INFO, logger="pyrosc"):
@@ -442,7 +441,7 @@ def test_a_rewrite_that_computes_other_numbers_is_left_out(network, monkeypatch)
         output.args = ([other, *output.args[0][1:]],)
         graph.recompile()
 
-    monkeypatch.setattr(replay, "REWRITES", (wrong,))
+    monkeypatch.setattr(replay, "_REWRITES", (wrong,))
     with pytest.warns(RuntimeWarning, match="the rewrite 'wrong' of recorded steps computes other numbers"):
         gradients, replayed = record(*network)
     same_results(gradients, replayed, network)
@@ -452,7 +451,7 @@ def test_a_rewrite_that_fails_is_left_out(network, monkeypatch):
     def broken(graph):
         graph.graph.erase_node(next(iter(graph.graph.nodes)))
 
-    monkeypatch.setattr(replay, "REWRITES", (broken,))
+    monkeypatch.setattr(replay, "_REWRITES", (broken,))
     with pytest.warns(RuntimeWarning, match="the rewrite 'broken' of recorded steps failed"):
         gradients, replayed = record(*network)
     same_results(gradients, replayed, network)
@@ -482,8 +481,8 @@ class Late(Simple):
 @pytest.mark.parametrize("late", [1, 2])
 def test_a_fit_goes_back_to_the_last_check_where_a_replay_is_wrong(late, data, monkeypatch, caplog):
     """Each epoch is checked; the program acts otherwise from the start of one of them on."""
-    monkeypatch.setattr(loop, "CHECK_EVERY", 4)
-    monkeypatch.setattr(step, "RECORD_FOR", 0)
+    monkeypatch.setattr(loop, "_CHECK_EVERY", 4)
+    monkeypatch.setattr(step, "_RECORD_FOR", 0)
     original, settings = loop._epoch, SETTINGS | {"validation": 0.0, "epochs": 6}
 
     def fit(**how):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyrosc.engine.cpu import threads
-from pyrosc.engine.cpu.threads import SMALL, given, kept, set_here, shared
+from pyrosc.engine.cpu.threads import _SMALL, kept, set_here, shared
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="numba and torch share an OpenMP library on Linux")
 
@@ -44,42 +44,35 @@ def run(code, **environment):
 # --- what torch was given
 
 LAUNCH = "numba.get_num_threads()\n"
-RAISED = "assert torch.get_num_threads() == 3, 'numba does so no longer'\n"
-STARTS = {
-    "environment": (
-        "import torch, numba; torch.get_num_threads()\n" + LAUNCH + RAISED,
-        {"OMP_NUM_THREADS": "1"},
-    ),
-    "numba first": ("import numba\n" + LAUNCH + "import torch\n", {"OMP_NUM_THREADS": "1"}),
-    "set by hand": (
-        "import torch, numba; torch.set_num_threads(1); torch.get_num_threads()\n" + LAUNCH + RAISED,
-        {},
-    ),
+SET_BY_IT = LAUNCH + "assert torch.get_num_threads() == 3, 'numba does so no longer'\n"
+BY_HAND = "import torch, numba; torch.set_num_threads({}); torch.get_num_threads()\n"
+FEWER = "from pyrosc.engine.cpu.threads import set_here; set_here(2)\n"
+STARTS = {  # what is run, with OMP_NUM_THREADS=1, and what torch was given
+    "environment": ("import torch, numba; torch.get_num_threads()\n" + SET_BY_IT, 1),
+    "numba first": ("import numba\n" + LAUNCH + "import torch\n", 1),
+    "set by hand": (BY_HAND.format(2) + SET_BY_IT, 2),
+    "more than numba": (BY_HAND.format(5) + SET_BY_IT, 5),
+    "fewer in this thread": (BY_HAND.format(5) + LAUNCH + FEWER, 2),
 }
 
 
 @linux
 @pytest.mark.parametrize("start", STARTS)
 def test_what_torch_was_given_holds_after_numba_has_launched_its_pool(start):
-    first, environment = STARTS[start]
+    first, expected = STARTS[start]
     out = run(
-        ENGINE_ALONE + first + "from pyrosc.engine.cpu.threads import given, kept, set_here\n"
-        "assert given() == 1\n"
-        "with kept() as number:\n"
-        "    assert number == torch.get_num_threads() == given() == 1\n"
-        "assert torch.get_num_threads() == 1\n"  # for others too
-        "torch.set_num_threads(2)\n"
-        "assert given() == 2\n"
-        "torch.set_num_threads(5)\n"
-        "set_here(3)\n"  # as a launch does
-        "assert given() == 5\n"
-        "set_here(2)\n"  # as nobody does who does not want it
-        "assert given() == 2\n"
-        "print('done')\n",
+        ENGINE_ALONE
+        + first
+        + "from pyrosc.engine.cpu.threads import kept\n"
+        + "for later in 4, 3, 1:\n"
+        + "    with kept() as found:\n"
+        + "        print(found, torch.get_num_threads(), end=' ')\n"
+        + "    print(torch.get_num_threads())\n"  # for others too
+        + "    torch.set_num_threads(later)\n",
         NUMBA_NUM_THREADS="3",
-        **environment,
+        OMP_NUM_THREADS="1",
     )
-    assert out == "done\n"
+    assert out == f"{expected} {expected} {expected}\n4 4 4\n3 3 3\n"
 
 
 @linux
@@ -111,7 +104,8 @@ def test_a_fit_and_questions_run_on_what_torch_was_given():
         "fit = pyrosc.fit_svi(model, data, epochs=2, progress=False)\n"
         "print(seen, torch.get_num_threads())\n"
         "seen.clear()\n"
-        "pyrosc.engine.cpu.threads.set_here(3)\n"  # as a launch does
+        "pyrosc.engine.cpu.threads._checked.here = False\n"  # as if the launch were now
+        "pyrosc.engine.cpu.threads.set_here(3)\n"
         "pyrosc.latent(fit, data)\n"
         "print(seen, torch.get_num_threads())\n",
         NUMBA_NUM_THREADS="3",
@@ -144,18 +138,18 @@ def test_no_more_than_there_are_cores_and_one_for_small_work(monkeypatch):
     try:
         with kept() as number:
             assert number == torch.get_num_threads() == 2
-        with kept(SMALL) as number:
+        with kept(_SMALL) as number:
             assert number == 2
-        with kept(SMALL - 1) as number:
+        with kept(_SMALL - 1) as number:
             assert number == torch.get_num_threads() == 1
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
         with kept() as number:
             assert number == 4
             set_here(3)
-        assert torch.get_num_threads() == given() == 4
+        assert torch.get_num_threads() == 4
         with pytest.raises(KeyboardInterrupt), kept(1):
             raise KeyboardInterrupt
-        assert torch.get_num_threads() == given() == 4
+        assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(1)
 
@@ -178,14 +172,14 @@ def test_as_many_threads_are_used_as_torch_has(monkeypatch):
     loop = noted(seen)
     before = numba.get_num_threads()
     torch.set_num_threads(1)  # (this may have been the launch)
-    shared(loop, 100, SMALL)
+    shared(loop, 100, _SMALL)
     torch.set_num_threads(2)
     try:
-        shared(loop, 100, SMALL - 1)
-        shared(loop, 100, SMALL)
-        shared(loop, 3, SMALL)
+        shared(loop, 100, _SMALL - 1)
+        shared(loop, 100, _SMALL)
+        shared(loop, 3, _SMALL)
         monkeypatch.setattr(threads, "_forked", True)
-        shared(loop, 100, SMALL)
+        shared(loop, 100, _SMALL)
     finally:
         torch.set_num_threads(1)
     assert numba.get_num_threads() == before
@@ -200,14 +194,16 @@ def test_the_number_of_threads_is_left_where_a_loop_fails():
 
     loop.alone = loop
     before = numba.get_num_threads()
+    numba.set_num_threads(1)
     torch.set_num_threads(2)
     try:
         for _ in range(2):  # (the turn is given back too)
             with pytest.raises(KeyboardInterrupt):
-                shared(loop, 10, SMALL)
+                shared(loop, 10, _SMALL)
+        assert numba.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
-    assert numba.get_num_threads() == before
+        numba.set_num_threads(before)
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="numba has one thread")
@@ -220,7 +216,7 @@ def test_the_second_of_two_callers_works_alone():
     def second():
         assert began.wait(60)
         torch.set_num_threads(2)
-        shared(loop, 10, SMALL)
+        shared(loop, 10, _SMALL)
         done.set()
 
     seen, began, done = [], Event(), Event()
@@ -229,7 +225,7 @@ def test_the_second_of_two_callers_works_alone():
     thread.start()
     torch.set_num_threads(2)
     try:
-        shared(loop, 10, SMALL)
+        shared(loop, 10, _SMALL)
     finally:
         torch.set_num_threads(1)
         thread.join()

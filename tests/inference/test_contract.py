@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyrosc.inference.contract import check_programs, elbo_of, pair
-from pyrosc.inference.elbo import kl_by_site, weighted_loss
+from pyrosc.inference.elbo import _kl_by_site, _weighted_loss
 from pyrosc.inference.handlers import ScaleKL
 from pyrosc.inference.isolation import isolated, modules_of
 
@@ -155,7 +155,7 @@ def test_the_weighted_loss_is_the_reconstruction_and_the_weighted_kl(data, cells
     losses = []
     for weight in (1.0, 0.5, 1e-9):
         with isolated(CPU, 4, pairs.empty_params()):
-            loss = weighted_loss(elbo(), two.model, two.guide, cells, weight)
+            loss = _weighted_loss(elbo(), two.model, two.guide, cells, weight)
             losses.append(float(loss.detach()))
     one, half, none = losses
     assert half == pytest.approx((one + none) / 2, rel=1e-5)
@@ -171,7 +171,7 @@ def test_the_weighted_loss_is_the_reconstruction_and_the_weighted_kl(data, cells
 def test_the_loss_is_the_evidence_at_the_exact_posterior(data, cells):
     exact = pairs.Conjugate(data.share)
     with isolated(CPU, 0, pairs.empty_params()):
-        loss = float(weighted_loss(Trace_ELBO(), exact.model, exact.guide, cells).detach())
+        loss = float(_weighted_loss(Trace_ELBO(), exact.model, exact.guide, cells).detach())
     assert loss == pytest.approx(-exact.evidence(cells.x.numpy()).mean(), rel=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_the_loss_is_the_evidence_at_the_exact_posterior(data, cells):
 def test_kl_by_site_is_the_analytic_one(data, cells):
     two = pairs.TwoMethods(data.n_genes).eval()
     with isolated(CPU, 0, pairs.empty_params()), torch.no_grad():
-        kl = kl_by_site(two.model, two.guide, cells)
+        kl = _kl_by_site(two.model, two.guide, cells)
         q = poutine.trace(two.guide).get_trace(cells).nodes["z"]["fn"].base_dist
     m, s = q.loc, q.scale
     expected = (0.5 * (m**2 + s**2 - 1) - s.log()).sum(-1).mean()
@@ -199,7 +199,7 @@ def test_kl_by_site_of_a_global_site_is_shared_by_all_cells(data, cells):
         pyro.sample("w", dist.Normal(2.0, 0.5))
 
     with pyro.validation_enabled(is_validate=False):
-        kl = kl_by_site(model, guide, cells)
+        kl = _kl_by_site(model, guide, cells)
     expected = 0.5 * (4 + 0.25 - 1) - math.log(0.5)
     assert kl["w"] == pytest.approx(expected / data.n_cells, rel=1e-5)
 
@@ -209,7 +209,7 @@ def test_kl_by_site_of_an_autoguide_at_the_prior_is_zero(data, cells):
     params = pairs.empty_params()
     with isolated(CPU, 0, params), torch.no_grad():
         guide = AutoNormal(model, init_loc_fn=lambda site: torch.zeros(data.n_genes), init_scale=3.0)
-        kl = kl_by_site(model, guide, cells)
+        kl = _kl_by_site(model, guide, cells)
     assert kl["w"] == pytest.approx(0, abs=1e-5)
 
 

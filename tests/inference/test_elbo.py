@@ -10,7 +10,7 @@ from torch import nn
 
 from pyrosc import VAE
 from pyrosc.inference import elbo as objective
-from pyrosc.inference.elbo import kl_by_site, loss_and_kl, weighted_loss
+from pyrosc.inference.elbo import _kl_by_site, _weighted_loss, loss_and_kl
 from pyrosc.inference.isolation import isolated
 
 CPU = torch.device("cpu")
@@ -123,7 +123,7 @@ def test_value_and_gradients_are_those_of_pyros_differentiable_loss(data, cells,
         lambda: elbo(**settings).differentiable_loss(program.model, program.guide, cells) / cells.n_total,
         program,
     )
-    ours, got = asked(lambda: weighted_loss(elbo(**settings), program.model, program.guide, cells), program)
+    ours, got = asked(lambda: _weighted_loss(elbo(**settings), program.model, program.guide, cells), program)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
     assert any(g is not None for g in want)
     for (which, _), a, b in zip(program.named_parameters(), got, want, strict=True):
@@ -136,9 +136,9 @@ def test_value_and_gradients_are_those_of_pyros_differentiable_loss(data, cells,
 @pytest.mark.parametrize(("elbo", "name", "settings"), CASES)
 def test_without_gradients_the_value_is_the_same(data, cells, elbo, name, settings):
     program = PROGRAMS[name](data).train()
-    value, _ = asked(lambda: weighted_loss(elbo(**settings), program.model, program.guide, cells), program)
+    value, _ = asked(lambda: _weighted_loss(elbo(**settings), program.model, program.guide, cells), program)
     with torch.no_grad(), isolated(CPU, 5, pairs.empty_params()):
-        alone = weighted_loss(elbo(**settings), program.model, program.guide, cells)
+        alone = _weighted_loss(elbo(**settings), program.model, program.guide, cells)
     assert not alone.requires_grad
     assert float(alone) == pytest.approx(float(value), rel=1e-5)  # float32 sums, perhaps in another order
 
@@ -163,7 +163,7 @@ def test_the_score_functions_gradient_is_that_of_the_expectation(data):
                 pyro.sample("n", dist.Poisson(self.at.exp()).expand([1]))
 
     program = OneCount()
-    loss, (gradient,) = asked(lambda: weighted_loss(elbo, program.model, program.guide, cells), program)
+    loss, (gradient,) = asked(lambda: _weighted_loss(elbo, program.model, program.guide, cells), program)
     q = program.at.detach().exp()
     kl = q * (q / 3).log() - q + 3
     assert float(loss) == pytest.approx(float(kl), abs=0.05)
@@ -175,7 +175,7 @@ def test_a_weight_scales_the_kl_alone(data, cells, elbo):
     program = PROGRAMS["conjugate"](data)
     losses = {}
     for weight in (0.5, 1.0, 2.0, torch.tensor(2.0)):
-        loss = lambda w=weight: weighted_loss(elbo(), program.model, program.guide, cells, w)
+        loss = lambda w=weight: _weighted_loss(elbo(), program.model, program.guide, cells, w)
         losses[str(weight)] = float(asked(loss, program)[0])
     half, one, two, tensor = losses.values()
     assert two - one == pytest.approx(2 * (one - half), rel=1e-3)
@@ -194,7 +194,7 @@ def test_a_subclass_of_an_estimator_is_asked_itself(data, cells, grad):
 
     program = PROGRAMS["conjugate"](data)
     with torch.set_grad_enabled(grad):
-        loss = weighted_loss(Mine(), program.model, program.guide, cells)
+        loss = _weighted_loss(Mine(), program.model, program.guide, cells)
     assert float(loss.detach()) == (7 if grad else 9)
     assert loss.requires_grad == grad
 
@@ -206,7 +206,7 @@ def test_a_subclass_sees_the_weight(data, cells):
     program = PROGRAMS["conjugate"](data)
     for weight in (1.0, 0.3):
         ours, theirs = (
-            asked(lambda e=e, w=weight: weighted_loss(e, program.model, program.guide, cells, w), program)
+            asked(lambda e=e, w=weight: _weighted_loss(e, program.model, program.guide, cells, w), program)
             for e in (Trace_ELBO(), Mine())
         )
         assert float(ours[0]) == pytest.approx(float(theirs[0]), rel=1e-5)
@@ -229,10 +229,10 @@ def test_loss_and_kl_of_one_run_are_those_of_two(data, cells, elbo, weight):
             return ask()
 
     loss, kl = run(lambda: loss_and_kl(elbo(), program.model, program.guide, cells, weight))
-    expected = run(lambda: weighted_loss(elbo(), program.model, program.guide, cells, weight))
+    expected = run(lambda: _weighted_loss(elbo(), program.model, program.guide, cells, weight))
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)  # float32 sums, in another order
     closed = elbo is TraceMeanField_ELBO
-    apart = run(lambda: kl_by_site(program.model, program.guide, cells, mean_field=closed))
+    apart = run(lambda: _kl_by_site(program.model, program.guide, cells, mean_field=closed))
     if elbo is not TraceEnum_ELBO:  # there the KL's draws come after the loss's
         assert kl == pytest.approx(apart, rel=1e-4)
     assert kl.keys() == apart.keys()

@@ -456,7 +456,7 @@ def test_a_link_to_a_directory_stays_a_link(vae_fit, tmp_path):
     assert pyrosc.load(tmp_path / "real").schema == vae_fit.schema
 
 
-@pytest.mark.parametrize("name", [persist.RECORD, persist.TENSORS])
+@pytest.mark.parametrize("name", [persist._RECORD, persist._TENSORS])
 def test_a_damaged_file_is_named(name, vae_fit, tmp_path):
     vae_fit.save(tmp_path / "fit")
     path = tmp_path / "fit" / name

@@ -17,7 +17,7 @@ from torch import nn
 import pyrosc
 from pyrosc import VAE, fit_svi
 from pyrosc.inference import elbo, step
-from pyrosc.inference.elbo import weighted_loss
+from pyrosc.inference.elbo import _weighted_loss
 from pyrosc.inference.isolation import isolated
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_a_step_has_the_loss_and_the_gradients_of_pyros_svi(data, elbo, likeliho
         theirs = SVI(model, vae.guide, Recorder(torch.optim.Adam, {"lr": 0.1}), elbo()).step(cells)
     vae.zero_grad()
     with isolated(CPU, 3, pairs.empty_params()):
-        ours = weighted_loss(elbo(), vae.model, vae.guide, cells)
+        ours = _weighted_loss(elbo(), vae.model, vae.guide, cells)
     ours.backward()
     # A float32 sum, in another order.
     assert float(ours.detach()) * data.n_cells == pytest.approx(theirs, rel=1e-5)
@@ -71,7 +71,7 @@ def test_a_step_has_the_loss_and_the_gradients_of_pyros_svi(data, elbo, likeliho
 
 def test_a_whole_fit_is_pyros_svi_with_adam_on_the_same_minibatches(data, monkeypatch):
     """One minibatch of all cells, a constant rate, no warm-up: the same parameters as SVI with Adam."""
-    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "_one_cycle", lambda done: 1.0)
     shares = pairs.Conjugate(data.share, shift=0.3)
     settings = {"minibatch_size": 200, "kl_warmup": 0, "validation": 0.0, "learning_rate": 0.01}
     fit = fit_svi(shares, data, epochs=20, elbo=Trace_ELBO, progress=False, **settings)
@@ -146,24 +146,24 @@ def test_the_warm_up_rises_by_steps(data):
     class Watching(Trace_ELBO):
         pass
 
-    original = elbo.weighted_loss
+    original = elbo._weighted_loss
 
     def record(elbo, model, guide, cells, weight=1.0):
         if torch.is_grad_enabled():
             seen.append(float(weight))
         return original(elbo, model, guide, cells, weight)
 
-    elbo.weighted_loss = record
+    elbo._weighted_loss = record
     try:
         settings = {"epochs": 4, "minibatch_size": 60, "kl_warmup": 5, "progress": False}
         fit_svi(pairs.Conjugate(data.share), data, elbo=Watching, **settings)
     finally:
-        elbo.weighted_loss = original
+        elbo._weighted_loss = original
     np.testing.assert_allclose(seen, [0.2, 0.4, 0.6, 0.8, *[1] * 8])
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
-    rates = [step.one_cycle(t) for t in np.linspace(0, 1, 101)]
+    rates = [step._one_cycle(t) for t in np.linspace(0, 1, 101)]
     assert max(rates) == pytest.approx(1, abs=1e-3)
     assert 0 < rates[0] < 0.2
     assert rates[-1] == pytest.approx(0, abs=1e-9)
@@ -173,7 +173,7 @@ def test_the_learning_rate_rises_and_falls_to_zero():
 
 
 def test_epochs_are_planned_from_the_data():
-    planned = [settings.planned_epochs(steps) for steps in (1, 10, 100, 10_000)]
+    planned = [settings._planned_epochs(steps) for steps in (1, 10, 100, 10_000)]
     assert planned == sorted(planned, reverse=True)
     assert all(isinstance(n, int) and n >= 1 for n in planned)
 
@@ -222,7 +222,7 @@ class Overfits(nn.Module):
 
 
 def test_early_stopping_keeps_the_best_state(data, monkeypatch):
-    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "_one_cycle", lambda done: 1.0)
     settings = {"epochs": 50, "minibatch_size": 180, "learning_rate": 0.1, "kl_warmup": 0, "progress": False}
     fit = fit_svi(Overfits(), data, patience=4, **settings)
     history = fit.history["validation"]
@@ -235,7 +235,7 @@ def test_early_stopping_keeps_the_best_state(data, monkeypatch):
 
 
 def test_without_validation_the_last_epoch_is_kept(data, monkeypatch):
-    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "_one_cycle", lambda done: 1.0)
     settings = {"epochs": 15, "minibatch_size": 200, "learning_rate": 0.1, "kl_warmup": 0, "progress": False}
     fit = fit_svi(Overfits(), data, validation=0.0, patience=1, **settings)
     assert len(fit.history) == 15
@@ -245,7 +245,7 @@ def test_without_validation_the_last_epoch_is_kept(data, monkeypatch):
 
 
 def test_parameters_of_the_store_are_restored_too(data, monkeypatch):
-    monkeypatch.setattr(step, "one_cycle", lambda done: 1.0)
+    monkeypatch.setattr(step, "_one_cycle", lambda done: 1.0)
 
     def model(cells):
         at = pyro.param("at", torch.zeros(()))
@@ -297,7 +297,7 @@ def test_the_validation_loss_is_the_negative_elbo_of_the_kept_parameters(data):
     held = data[settings.split(200, 0.1, 2)[1]].on("cpu")
     cells = held.cells(torch.arange(20))
     with fit.asking(2):
-        expected = float(weighted_loss(TraceMeanField_ELBO(), fit.model, fit.guide, cells))
+        expected = float(_weighted_loss(TraceMeanField_ELBO(), fit.model, fit.guide, cells))
     best = fit.history["validation"].iloc[fit.found.best_epoch]
     assert best == pytest.approx(expected, rel=1e-5)
 

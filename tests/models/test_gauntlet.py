@@ -33,7 +33,7 @@ from pyrosc import (
 from pyrosc.engine import replay
 from pyrosc.inference import loop, step
 from pyrosc.inference.contract import check_programs, elbo_of, pair
-from pyrosc.inference.elbo import weighted_loss
+from pyrosc.inference.elbo import _weighted_loss
 from pyrosc.inference.isolation import isolated, modules_of
 from pyrosc.inference.purity import is_pure
 
@@ -178,7 +178,7 @@ def loss_of(name, fit_or_pair, data, train=False):
     params = pairs.empty_params()
     with isolated(torch.device("cpu"), 0, params):
         check_programs(*pair(program, guide), cells)
-        loss = weighted_loss(elbo_of(program, None), *pair(program, guide), cells)
+        loss = _weighted_loss(elbo_of(program, None), *pair(program, guide), cells)
         loss.backward()
     inside = {f"{i}.{k}": p for i, m in enumerate(modules) for k, p in m.named_parameters()}
     return loss, inside | params["params"]
@@ -224,7 +224,7 @@ def test_the_loss_falls(name, fit, rich):
     before = float(loss_of(name, CASES[name](rich), rich)[0].detach())
     with fit.asking(0):
         cells = rich.on(fit.device).cells(torch.arange(rich.n_cells))
-        after = float(weighted_loss(elbo_of(fit.program, None), fit.model, fit.guide, cells))
+        after = float(_weighted_loss(elbo_of(fit.program, None), fit.model, fit.guide, cells))
     assert after < before - 0.5
     assert np.isfinite(fit.history["train"]).all()
 
@@ -321,9 +321,9 @@ def test_two_fits_live_beside_each_other(name, fit, rich, vae_fit, data):
 @every_case
 def test_steps_are_replayed_as_they_are_run(name, rich, monkeypatch):
     """To the bit as they are recorded; rewritten, the losses of two epochs to a few units of float32."""
-    monkeypatch.setattr(step, "RECORD_AFTER", 1)
-    monkeypatch.setattr(step, "RECORD_FOR", 0)
-    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
+    monkeypatch.setattr(step, "_RECORD_AFTER", 1)
+    monkeypatch.setattr(step, "_RECORD_FOR", 0)
+    monkeypatch.setattr(loop, "_CHECK_EVERY", 3)
     settings = settings_of(name) | {"epochs": 2}
 
     def fit(*, replay):
@@ -331,7 +331,7 @@ def test_steps_are_replayed_as_they_are_run(name, rich, monkeypatch):
         return fit_svi(program, rich, guide=guide, replay=replay, **settings)
 
     run, rewritten = fit(replay=False), fit(replay=True)
-    monkeypatch.setattr(replay, "REWRITES", ())
+    monkeypatch.setattr(replay, "_REWRITES", ())
     recorded = fit(replay=True)
     if name.startswith("scanvi"):
         assert "reads the numbers" in recorded.found.replayed

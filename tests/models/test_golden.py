@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.special import expit, log_softmax, softmax
 
 from pyrosc import VAE
-from pyrosc.inference.elbo import weighted_loss
+from pyrosc.inference.elbo import _weighted_loss
 from pyrosc.inference.isolation import isolated
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_the_elbo_of_a_vae_at_fixed_weights(rich, likelihood, library, elbo):
     rows = torch.tensor([4, 90, 17, 3, 180])
     cells = rich.on("cpu").cells(rows)
     with isolated(CPU, 9, pairs.empty_params()), torch.no_grad():
-        loss = float(weighted_loss(elbo(), vae.model, vae.guide, cells))
+        loss = float(_weighted_loss(elbo(), vae.model, vae.guide, cells))
     with isolated(CPU, 9, pairs.empty_params()), torch.no_grad():
         trace = poutine.trace(vae.guide).get_trace(cells)
     z, l = (numbers(trace.nodes[name]["value"]) for name in ("z", "l"))
@@ -125,7 +125,7 @@ def test_the_elbo_of_two_functions_at_fixed_weights(data):
     rows = torch.tensor([4, 90, 17])
     cells = data.on("cpu").cells(rows)
     with isolated(CPU, 1, pairs.empty_params()), torch.no_grad():
-        loss = float(weighted_loss(Trace_ELBO(), model, guide, cells))
+        loss = float(_weighted_loss(Trace_ELBO(), model, guide, cells))
     with isolated(CPU, 1, pairs.empty_params()), torch.no_grad():
         z = numbers(poutine.trace(guide).get_trace(cells).nodes["z"]["value"])
     x = data.x.toarray().astype(np.float64)[rows]

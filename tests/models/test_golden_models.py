@@ -38,7 +38,7 @@ from pyrosc import (
     GaussianVAE,
     from_anndata,
 )
-from pyrosc.inference.elbo import weighted_loss
+from pyrosc.inference.elbo import _weighted_loss
 from pyrosc.inference.isolation import isolated
 
 STORED = Path(__file__).with_suffix("").with_name("golden_models.json")
@@ -196,7 +196,7 @@ def cells_of(data):
 def loss_of(model, cells, weight, seed=9):
     elbo = getattr(model, "elbo", Trace_ELBO)(max_plate_nesting=1)
     with isolated(CPU, seed, pairs.empty_params()):
-        return weighted_loss(elbo, model.model, model.guide, cells, weight)
+        return _weighted_loss(elbo, model.model, model.guide, cells, weight)
 
 
 def draws(guide, cells):

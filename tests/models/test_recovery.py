@@ -111,7 +111,7 @@ def test_more_structure_has_a_higher_likelihood(fit, data):
     assert pyrosc.log_likelihood(fit, data, 10).mean > pooled + 10
 
 
-def sparse_codes(seed, n_cells=2000, n_genes=200, n_latent=6):
+def sparse_codes(seed, n_cells=1000, n_genes=200, n_latent=6):
     """Codes, three in ten of their numbers not 0 and those at least .3 from it, and their counts."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(n_cells, n_latent))
@@ -136,7 +136,7 @@ def test_vsc_recovers_sparse_codes_where_a_vae_does_not():
     fit = pyrosc.fit_svi(vsc, data, progress=False)
     assert support_f1(pyrosc.inclusion(fit, data) > 0.5, z != 0) > 0.95
     assert pyrosc.loadings(fit).shape == (200, 6)
-    fit = pyrosc.fit_svi(pyrosc.VAE.for_data(data, n_latent=6), data, progress=False)
+    fit = pyrosc.fit_svi(pyrosc.VAE.for_data(data, n_latent=6), data, epochs=60, progress=False)
     size = np.abs(pyrosc.latent(fit, data))
     size /= size.std(0)
     best = max(support_f1(size > cut, z != 0) for cut in np.quantile(size, np.linspace(0, 0.95, 20)))
@@ -146,14 +146,14 @@ def test_vsc_recovers_sparse_codes_where_a_vae_does_not():
 def test_a_linear_variance_is_told_from_a_quadratic_one():
     """Counts of either kind are best described by the likelihood of that kind; kappa is found."""
     rng = np.random.default_rng(0)
-    rho = rng.dirichlet(np.ones(50), 3)[rng.integers(3, size=1500)]
+    rho = rng.dirichlet(np.ones(50), 3)[rng.integers(3, size=1000)]
     mean = 300 * rho
     for name, theta in (("gene-linear", 0.5 * mean), ("gene", np.full(mean.shape, 2.0))):
         x = rng.poisson(rng.gamma(np.maximum(theta, 1e-9), mean / np.maximum(theta, 1e-9))).astype("f4")
         data = pyrosc.from_anndata(anndata.AnnData(csr_matrix(x)))
         fits = {
             kind: pyrosc.fit_svi(
-                pyrosc.VAE.for_data(data, n_latent=4, dispersion=kind), data, epochs=60, progress=False
+                pyrosc.VAE.for_data(data, n_latent=4, dispersion=kind), data, epochs=30, progress=False
             )
             for kind in ("gene", "gene-linear")
         }

@@ -6,7 +6,7 @@ from torch import nn
 import pyrosc
 from pyrosc.nn.covariates import Covariates, beside
 from pyrosc.nn.encoder_decoder import Decoder, Encoder
-from pyrosc.nn.layers import MLP, BatchNorm, normalisation
+from pyrosc.nn.layers import MLP, BatchNorm, _normalisation
 
 
 def cells_of(data, n=6):
@@ -52,11 +52,11 @@ def test_batch_norm_of_a_single_row_uses_the_running_moments():
 
 
 def test_normalisation_by_name():
-    assert isinstance(normalisation("layer", 3), nn.LayerNorm)
-    assert isinstance(normalisation("batch", 3), BatchNorm)
-    assert isinstance(normalisation(None, 3), nn.Identity)
+    assert isinstance(_normalisation("layer", 3), nn.LayerNorm)
+    assert isinstance(_normalisation("batch", 3), BatchNorm)
+    assert isinstance(_normalisation(None, 3), nn.Identity)
     with pytest.raises(ValueError, match=r'"layer", "batch" or None.*group'):
-        normalisation("group", 3)
+        _normalisation("group", 3)
 
 
 # --- MLP

@@ -11,7 +11,7 @@ from scipy import stats
 import pyrosc
 from pyrosc import GMVAE, SCANVI, VAE, fit_svi
 from pyrosc.inference.contract import elbo_of
-from pyrosc.inference.elbo import weighted_loss
+from pyrosc.inference.elbo import _weighted_loss
 from pyrosc.posterior.draws import draws
 from pyrosc.posterior.impute import impute
 from pyrosc.posterior.latent import latent
@@ -121,7 +121,7 @@ def loss_of(fit, data, n):
     cells = data.on(fit.device).cells(torch.arange(data.n_cells))
     with fit.asking(0):
         elbo = elbo_of(fit.program, None)
-        return np.mean([float(weighted_loss(elbo, fit.model, fit.guide, cells)) for _ in range(n)])
+        return np.mean([float(_weighted_loss(elbo, fit.model, fit.guide, cells)) for _ in range(n)])
 
 
 @pytest.mark.parametrize(

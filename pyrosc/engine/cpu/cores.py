@@ -1,4 +1,4 @@
-"""How many cores this process may use: those of its affinity, less where a control group has a quota."""
+"""How many cores this process may use: those of its affinity, less where a control group has a _quota."""
 
 import math
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 def n_cores() -> int:
     """Return how many threads of this process can run at the same time."""
     ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, math.ceil(min(quota(), len(ours))))
+    return max(1, math.ceil(min(_quota(), len(ours))))
 
 
 @cache
-def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def _quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """Return how many cores' time Linux's control groups grant this process; infinity where they don't say.
 
     Parameters
@@ -39,12 +39,12 @@ def quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
 
 
 def _quota_of(group: Path) -> float:
-    """Return the quota that is set on a group itself."""
+    """Return the _quota that is set on a group itself."""
     try:
         if (group / "cpu.max").exists():
             granted, period = (group / "cpu.max").read_text().split()
         else:
-            granted, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            granted, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("_quota", "period"))
     except OSError:
         return math.inf
     return math.inf if granted.strip() in ("max", "-1") else int(granted) / int(period)

@@ -1,9 +1,9 @@
-"""Loops over counts on a CPU, compiled by numba: densities of cells, a linear map of them, minibatches.
+"""The log density of rows of counts given their means, and its slopes: one pass over the entries.
 
-Each is one pass over the entries where the same in torch operations is thirty, and is written twice: here for
-speed, and in `distributions.py` for every device, and as the reference that tests compare with. (Dropout is
-here too; what torch draws in its place are other numbers.)
-Rows are shared among torch's threads; the result does not depend on how many there are.
+The formulas are those of `distributions/density.py`, where they are explained; in torch operations they are
+thirty passes. Every entry has what a zero says, in float32; the positive counts, a tenth of them, are
+gathered and have theirs in float64. Rows are shared among torch's threads; the result does not depend on how
+many.
 """
 
 import math
@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 from pyrosc.engine.cpu.math32 import (
-    _F,
-    _LARGEST,
-    _LARGEST64,
-    _LN2,
-    _WIDE,
-    _compiled,
-    _exact_part,
-    _exp_parts32,
-    _in_parallel,
-    _inlined,
-    _log,
-    _log_parts32,
-    _log_rest,
-    _part,
-    _places,
-    _sigmoid32,
-    _split,
+    LARGEST,
+    LARGEST64,
+    LN2,
+    WIDE,
+    F,
+    compiled,
+    exact_piece,
+    exp_parts32,
+    in_parallel,
+    inlined,
+    log64,
+    log_parts32,
+    log_rest,
+    piece,
+    places,
+    sigmoid32,
+    split,
 )
 from pyrosc.engine.cpu.threads import shared
 
@@ -45,7 +45,7 @@ _FAR_OUT = np.float32(1e-30)  # probabilities of a zero below which float32 has 
 _SMALLEST_MEAN = float(torch.finfo(torch.float32).tiny)
 
 
-@_inlined
+@inlined
 @no_type_check
 def _nb_at_zero(mu: float, theta: float) -> tuple[float, float, float]:
     """Return log p(0), its slope in mu and its slope in theta, float64.
@@ -55,56 +55,56 @@ def _nb_at_zero(mu: float, theta: float) -> tuple[float, float, float]:
     """
     r = mu / theta
     u = 1.0 + r
-    e, f = _split(u, r)
+    e, f = split(u, r)
     s = f / (2.0 + f)
-    q = _log_rest(s)
-    log = e * _LN2 + s * (2.0 + q)
-    log = log if u < _LARGEST64 else u
+    q = log_rest(s)
+    log = e * LN2 + s * (2.0 + q)
+    log = log if u < LARGEST64 else u
     d = 1.0 / u
     return -theta * log, -d, -(s * (f * d + q)) if e == 0.0 else r * d - log
 
 
-@_inlined
+@inlined
 @no_type_check
 def _nb_at_zero32(mu: float, theta: float) -> tuple[float, float, float]:
     """Return what :func:`_nb_at_zero` does; with d = 1 / (1 + r), r d - log(1 + r) is -r^2 (d + q) there."""
     r = mu / theta
-    u = _F(1) + r
-    e, f, q = _log_parts32(u, r)
-    log = _F(e) * _F(_LN2) + (f + f * f * q)
-    log = log if u < _LARGEST else u
-    d = _F(1) / u
+    u = F(1) + r
+    e, f, q = log_parts32(u, r)
+    log = F(e) * F(LN2) + (f + f * f * q)
+    log = log if u < LARGEST else u
+    d = F(1) / u
     return -theta * log, -d, -(f * f * (d + q)) if e == 0 else r * d - log
 
 
-@_inlined
+@inlined
 @no_type_check
 def _zero_inflated_at_zero32(y: float, pi: float, kept: float) -> tuple[float, float, float, float]:
     """Return log(pi + (1 - pi) p0), its slope in y = log p0 and in g = logit pi, and the sum itself.
 
     Where that is near 1, its log is taken of what it lacks to 1, (1 - pi) (1 - p0), with all its digits.
     """
-    scale, t = _exp_parts32(y)
+    scale, t = exp_parts32(y)
     p0 = kept * (scale + scale * t)
-    less_scale = _F(0) if scale == _F(1) else _F(1) - scale  # (so that 1 - p0 is not computed from p0)
+    less_scale = F(0) if scale == F(1) else F(1) - scale  # (so that 1 - p0 is not computed from p0)
     positive = kept * (less_scale - scale * t)
     p = pi + p0
-    e, f, q = _log_parts32(p, -positive)
-    inverse = _F(1) / p
-    log = _F(e) * _F(_LN2) + (f + f * f * q)
-    return (log if p < _LARGEST else p), p0 * inverse, pi * positive * inverse, p
+    e, f, q = log_parts32(p, -positive)
+    inverse = F(1) / p
+    log = F(e) * F(LN2) + (f + f * f * q)
+    return (log if p < LARGEST else p), p0 * inverse, pi * positive * inverse, p
 
 
-@_inlined
+@inlined
 @no_type_check
 def _log_kept32(g: float) -> tuple[float, float]:
     """Return log(1 - pi) and its slope in g = logit pi."""
-    pi, _, small = _sigmoid32(g)
-    e, f, q = _log_parts32(_F(1) + small, small)
-    return -(max(g, _F(0)) + (_F(e) * _F(_LN2) + (f + f * f * q))), -pi
+    pi, _, small = sigmoid32(g)
+    e, f, q = log_parts32(F(1) + small, small)
+    return -(max(g, F(0)) + (F(e) * F(LN2) + (f + f * f * q))), -pi
 
 
-@_exact_part
+@exact_piece
 @no_type_check
 def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
     """Return the log and its slopes by log space: where the sum is too small for float32."""
@@ -115,7 +115,7 @@ def _zero_inflated_far_out(y: float, g: float) -> tuple[float, float, float]:
     return log_sum + log_kept, by_y, (1.0 - by_y) * math.exp(log_kept) * -math.expm1(y)
 
 
-@_exact_part
+@exact_piece
 @no_type_check
 def _stirling(z: float) -> tuple[float, float]:
     """Return lgamma(z) less (z - 1/2) log z - z, up to a constant, and digamma(z) less log z - 1 / (2 z).
@@ -128,10 +128,10 @@ def _stirling(z: float) -> tuple[float, float]:
     return value, slope
 
 
-@_exact_part
+@exact_piece
 @no_type_check
 def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
-    """Return the log of Gamma(theta + x) / Gamma(theta), and its slope in theta: see `distributions.py`."""
+    """Return the log of Gamma(theta + x) / Gamma(theta), and its slope: see `distributions/density.py`."""
     a, b = theta, theta + x
     factors, slope = 1.0, 0.0
     for _ in range(6):
@@ -148,12 +148,12 @@ def _log_rising_factorial(theta: float, x: float) -> tuple[float, float]:
 
 # Vectors of numbers per count, one after the other in one array: to the compiler several arrays may overlap,
 # and it then works on one number at a time.
-_K, _MU, _THETA, _W, _INVERSE, _PRODUCT, _SLOPE, _REST, _OTHER, _BY_MEAN = (i * _WIDE for i in range(10))
-_ROOM64 = 10 * _WIDE
-_D_MEAN, _D_THETA, _D_GATE, _LOG_P0, _PI, _NOT_PI, _ROOM32 = (i * _WIDE for i in range(7))  # per gene
+_K, _MU, _THETA, _W, _INVERSE, _PRODUCT, _SLOPE, _REST, _OTHER, _BY_MEAN = (i * WIDE for i in range(10))
+ROOM64 = 10 * WIDE
+D_MEAN, D_THETA, D_GATE, _LOG_P0, _PI, _NOT_PI, ROOM32 = (i * WIDE for i in range(7))  # per gene
 
 
-@_part
+@piece
 @no_type_check
 def _nb_counts(n: int, b: Any, others: Any) -> float:
     """Return log p of `n` positive counts, summed; fill in their slopes in the mean and in theta.
@@ -200,52 +200,52 @@ def _nb_counts(n: int, b: Any, others: Any) -> float:
     for i in range(n):
         product, theta, w, inverse = b[_PRODUCT + i], b[_THETA + i], b[_W + i], b[_INVERSE + i]
         not_w = theta * inverse
-        e, f = _split(product, product - 1.0)
-        e_theta, f_theta = _split(not_w, -w)
+        e, f = split(product, product - 1.0)
+        e_theta, f_theta = split(not_w, -w)
         by = 1.0 / (product * (2.0 + f) * (2.0 + f_theta))
         s, s_theta = f * (2.0 + f_theta) * product * by, f_theta * (2.0 + f) * product * by
-        q_theta = _log_rest(s_theta)
-        log = e * _LN2 + s * (2.0 + _log_rest(s))
-        log_theta = e_theta * _LN2 + s_theta * (2.0 + q_theta)
-        total += (log if product < _LARGEST64 else product) + b[_REST + i] + theta * log_theta
+        q_theta = log_rest(s_theta)
+        log = e * LN2 + s * (2.0 + log_rest(s))
+        log_theta = e_theta * LN2 + s_theta * (2.0 + q_theta)
+        total += (log if product < LARGEST64 else product) + b[_REST + i] + theta * log_theta
         # w + log(1 - w): where that cancels, by the series.
         slope = s_theta * (q_theta + w) if e_theta == 0.0 else w + log_theta
         b[_SLOPE + i] = b[_SLOPE + i] * (2.0 + f) * (2.0 + f_theta) * by + slope - b[_K + i] * inverse
     return total
 
 
-@_part
+@piece
 @no_type_check
-def _log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: Any, place: Any) -> float:
-    """Return log p of up to `_WIDE` genes of a cell, summed; leave in `s` its slopes in mean, theta and gate.
+def log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: Any, place: Any) -> float:
+    """Return log p of up to `WIDE` genes of a cell, summed; leave in `s` its slopes in mean, theta and gate.
 
     `s`, `b` and `place` are room to work in. Of arguments that are None numba compiles nothing: `theta` of a
     Poisson, `gate` without zero inflation.
     """
     width, total = x.size, 0.0
     # What a zero says, everywhere. (Short loops: the processor then works on several vectors at once.)
-    part, n_far_out = _F(0), _F(0)
+    part, n_far_out = F(0), F(0)
     for j in range(width):
         if theta is not None:
-            log, s[_D_MEAN + j], s[_D_THETA + j] = _nb_at_zero32(mean[j], theta[j])
+            log, s[D_MEAN + j], s[D_THETA + j] = _nb_at_zero32(mean[j], theta[j])
         else:
-            log, s[_D_MEAN + j] = -mean[j], _F(-1)
+            log, s[D_MEAN + j] = -mean[j], F(-1)
         if gate is not None:
             s[_LOG_P0 + j] = log
         else:
-            part += log if x[j] == 0 else _F(0)
+            part += log if x[j] == 0 else F(0)
     if gate is not None:
         for j in range(width):
-            s[_PI + j], s[_NOT_PI + j], _ = _sigmoid32(gate[j])
+            s[_PI + j], s[_NOT_PI + j], _ = sigmoid32(gate[j])
         for j in range(width):
-            log, by_log, s[_D_GATE + j], p = _zero_inflated_at_zero32(
+            log, by_log, s[D_GATE + j], p = _zero_inflated_at_zero32(
                 s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j]
             )
-            n_far_out += _F(1) if p < _FAR_OUT else _F(0)
-            s[_D_MEAN + j] *= by_log
+            n_far_out += F(1) if p < _FAR_OUT else F(0)
+            s[D_MEAN + j] *= by_log
             if theta is not None:
-                s[_D_THETA + j] *= by_log
-            part += log if x[j] == 0 else _F(0)
+                s[D_THETA + j] *= by_log
+            part += log if x[j] == 0 else F(0)
     total += part
     if gate is not None and n_far_out > 0:
         for j in range(width):
@@ -256,13 +256,13 @@ def _log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: A
                 y, y_mean = -m, -1.0
             log32, _, _, p = _zero_inflated_at_zero32(s[_LOG_P0 + j], s[_PI + j], s[_NOT_PI + j])
             if p < _FAR_OUT:
-                log64, by_y, s[_D_GATE + j] = _zero_inflated_far_out(y, np.float64(gate[j]))
-                total += log64 - log32 if zero else 0.0
-                s[_D_MEAN + j] = by_y * y_mean
+                exact, by_y, s[D_GATE + j] = _zero_inflated_far_out(y, np.float64(gate[j]))
+                total += exact - log32 if zero else 0.0
+                s[D_MEAN + j] = by_y * y_mean
                 if theta is not None:
-                    s[_D_THETA + j] = by_y * y_theta
+                    s[D_THETA + j] = by_y * y_theta
     # The counts, in float64: gathered, so that these loops run in vectors too.
-    n = _places(x, place)
+    n = places(x, place)
     for i in range(n):
         b[_K + i] = x[place[i]]
         b[_MU + i] = max(np.float64(mean[place[i]]), _SMALLEST_MEAN)
@@ -273,18 +273,18 @@ def _log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: A
             b[_REST + i] = -(_LOG_FACTORIAL[int(k)] if whole else math.lgamma(k + 1.0))
         for i in range(n):
             k, mu = b[_K + i], b[_MU + i]
-            total += k * _log(mu) - mu + b[_REST + i]
+            total += k * log64(mu) - mu + b[_REST + i]
             b[_BY_MEAN + i] = (k - mu) / mu
     else:
         for i in range(n):
             b[_THETA + i] = theta[place[i]]
-        total += _nb_counts(n, b, place[_WIDE + 1 :])
+        total += _nb_counts(n, b, place[WIDE + 1 :])
         for i in range(n):
-            s[_D_THETA + place[i]] = b[_SLOPE + i]
+            s[D_THETA + place[i]] = b[_SLOPE + i]
     for i in range(n):
-        s[_D_MEAN + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
+        s[D_MEAN + place[i]] = min(b[_BY_MEAN + i], _STEEPEST)
     if gate is not None:
-        part = _F(0)
+        part = F(0)
         for i in range(n):
             s[_PI + i] = gate[place[i]]
         for i in range(n):
@@ -292,11 +292,11 @@ def _log_density_of_block(x: Any, mean: Any, theta: Any, gate: Any, s: Any, b: A
             part += log
         total += part
         for i in range(n):
-            s[_D_GATE + place[i]] = s[_PI + i]
+            s[D_GATE + place[i]] = s[_PI + i]
     return total
 
 
-@_compiled
+@compiled
 @no_type_check
 def _log_density(
     first: int,
@@ -314,13 +314,13 @@ def _log_density(
 
     Each array has as many rows, or fewer that are taken over and over.
     """
-    s, b, place = np.empty(_ROOM32, np.float32), np.empty(_ROOM64), np.empty(2 * (_WIDE + 1), np.int32)
+    s, b, place = np.empty(ROOM32, np.float32), np.empty(ROOM64), np.empty(2 * (WIDE + 1), np.int32)
     n_genes = x.shape[1]
     for row in range(first, last):
         total = 0.0
-        for start in range(0, n_genes, _WIDE):
-            stop = min(n_genes, start + _WIDE)
-            total += _log_density_of_block(
+        for start in range(0, n_genes, WIDE):
+            stop = min(n_genes, start + WIDE)
+            total += log_density_of_block(
                 x[row % x.shape[0], start:stop],
                 mean[row % mean.shape[0], start:stop],
                 None if theta is None else theta[row % theta.shape[0], start:stop],
@@ -330,15 +330,15 @@ def _log_density(
                 place,
             )
             if d_mean is not None:
-                d_mean[row, start:stop] = s[_D_MEAN : _D_MEAN + stop - start]
+                d_mean[row, start:stop] = s[D_MEAN : D_MEAN + stop - start]
             if d_theta is not None:
-                d_theta[row, start:stop] = s[_D_THETA : _D_THETA + stop - start]
+                d_theta[row, start:stop] = s[D_THETA : D_THETA + stop - start]
             if d_gate is not None:
-                d_gate[row, start:stop] = s[_D_GATE : _D_GATE + stop - start]
+                d_gate[row, start:stop] = s[D_GATE : D_GATE + stop - start]
         log_p[row] = total
 
 
-@_in_parallel
+@in_parallel
 @no_type_check
 def _log_densities(
     n_shares: int,

@@ -1,4 +1,4 @@
-"""engine.cpu.dropout."""
+"""What units are multiplied with in dropout: 0, or what keeps the mean; torch itself draws other numbers."""
 
 from typing import Any, no_type_check
 
@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrosc.engine.cpu.math32 import _F, _WIDE, _compiled, _in_parallel
+from pyrosc.engine.cpu.math32 import WIDE, F, compiled, in_parallel
 from pyrosc.engine.cpu.threads import shared
 
 
-@_compiled
+@compiled
 @no_type_check
 def _keep(first: int, last: int, seed: Any, dropped: int, out: Any) -> None:
     """Fill rows `first` to `last` of numbers: 0, with probability dropped / 2^16, or what makes the mean 1.
 
     Four share a number of 64 bits, of the generator SplitMix64 (Steele, Lea and Flood 2014).
     """
-    scale, least = _F(65536 / (65536 - dropped)), np.uint16(dropped)
+    scale, least = F(65536 / (65536 - dropped)), np.uint16(dropped)
     numbers = np.empty(out.shape[1] // 4, np.uint64)
     bits = numbers.view(np.uint16)
     for row in range(first, last):
@@ -28,10 +28,10 @@ def _keep(first: int, last: int, seed: Any, dropped: int, out: Any) -> None:
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             numbers[i] = z ^ (z >> np.uint64(31))
         for j in range(bits.size):
-            out[row, j] = scale if bits[j] >= least else _F(0)
+            out[row, j] = scale if bits[j] >= least else F(0)
 
 
-@_in_parallel
+@in_parallel
 @no_type_check
 def _keeps(n_shares: int, n: int, seed: Any, dropped: int, out: Any) -> None:
     """Do so for all rows, some at a time on each thread."""
@@ -52,6 +52,6 @@ def kept(seed: Tensor, n: int, dropped: int) -> Tensor:
     dropped
         Probability that it is 0, times 2^16. Else it is the inverse of the share that is not.
     """
-    out = torch.empty(-(-n // _WIDE), _WIDE)
+    out = torch.empty(-(-n // WIDE), WIDE)
     shared(_keeps, len(out), n, seed.numpy().view(np.uint64), dropped, out.numpy())
     return out.view(-1)[:n]

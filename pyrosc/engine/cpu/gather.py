@@ -1,16 +1,15 @@
-"""engine.cpu.gather."""
+"""Rows of a CSR matrix as a dense one: the counts of a minibatch."""
 
 from typing import Any, no_type_check
 
 import numba
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyrosc.engine.cpu.math32 import _compiled, _in_parallel
+from pyrosc.engine.cpu.math32 import compiled, in_parallel
 from pyrosc.engine.cpu.threads import shared
 
 
-@_compiled
+@compiled
 @no_type_check
 def _gather(first: int, last: int, start: Any, stop: Any, gene: Any, count: Any, out: Any) -> None:
     """Fill rows `first` to `last` of `out` with rows of a CSR matrix, made dense."""
@@ -20,7 +19,7 @@ def _gather(first: int, last: int, start: Any, stop: Any, gene: Any, count: Any,
             out[i, gene[entry]] = count[entry]
 
 
-@_in_parallel
+@in_parallel
 @no_type_check
 def _gathers(n_shares: int, n_rows: int, start: Any, stop: Any, gene: Any, count: Any, out: Any) -> None:
     """Do so for all rows, some at a time on each thread."""
@@ -30,16 +29,9 @@ def _gathers(n_shares: int, n_rows: int, start: Any, stop: Any, gene: Any, count
 
 _gathers.alone = _gather
 
-# Of minibatches that were gathered, while they live: their version then, and where their entries stand. It
-# shows all that torch operations do to them, but not what is written through x.numpy() or x.data.
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-
-def gather(rows: Tensor, start: Tensor, stop: Tensor, gene: Tensor, count: Tensor, n_genes: int) -> Tensor:
+def gather(start: Tensor, stop: Tensor, gene: Tensor, count: Tensor, n_genes: int) -> Tensor:
     """Rows of a CSR matrix, entries `start` to `stop` of each, as a dense matrix, (rows, genes)."""
-    out = count.new_empty(len(rows), n_genes)
-    at = (start[rows], stop[rows], gene, count)
-    shared(_gathers, len(rows), out.numel(), *(t.numpy() for t in (*at, out)))
-    if not out.is_inference():
-        _entries[out] = (out._version, *at)
+    out = count.new_empty(len(start), n_genes)
+    shared(_gathers, len(start), out.numel(), *(t.numpy() for t in (start, stop, gene, count, out)))
     return out

@@ -1,4 +1,8 @@
-"""engine.cpu.log1p_linear."""
+"""log1p(x) @ weight, and its gradient in the weight, for counts of which most are zero: a look-up.
+
+The entries that are not zero are listed twice, each a CSR matrix of its own for torch's embedding_bag: cell
+by cell for the product, and gene by gene for the gradient.
+"""
 
 from typing import Any, no_type_check
 
@@ -8,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from pyrosc.engine.cpu.gather import _entries
 from pyrosc.engine.cpu.math32 import (
-    _F,
-    _LARGEST,
-    _LN2,
-    _NAN,
-    _NOT_SIGN,
-    _compiled,
-    _in_parallel,
-    _log_parts32,
-    _places,
+    LARGEST,
+    LN2,
+    NAN,
+    NOT_SIGN,
+    F,
+    compiled,
+    in_parallel,
+    log_parts32,
+    places,
 )
 from pyrosc.engine.cpu.threads import shared
 
@@ -26,7 +29,7 @@ _DENSE = 0.3  # share of entries above which a product of dense matrices is soon
 _PARTS = 8  # of a minibatch, whose entries are listed one after the other
 
 
-@_compiled
+@compiled
 @no_type_check
 def _count(first: int, last: int, x: Any, n_positive: Any) -> None:
     """Fill in how many entries of rows `first` to `last` are not zero."""
@@ -34,11 +37,11 @@ def _count(first: int, last: int, x: Any, n_positive: Any) -> None:
         n = np.int32(0)
         bits = x[row].view(np.int32)
         for j in range(bits.size):
-            n += np.int32((bits[j] & _NOT_SIGN) != 0)
+            n += np.int32((bits[j] & NOT_SIGN) != 0)
         n_positive[row] = n
 
 
-@_in_parallel
+@in_parallel
 @no_type_check
 def _counts(n_shares: int, n_rows: int, x: Any, n_positive: Any) -> None:
     """Do so for all rows, some at a time on each thread.
@@ -54,7 +57,7 @@ def _counts(n_shares: int, n_rows: int, x: Any, n_positive: Any) -> None:
 _counts.alone = _count
 
 
-@_compiled
+@compiled
 @no_type_check
 def _list(first: int, last: int, x: Any, at: Any, start: Any, gene: Any, value: Any, found: Any) -> None:
     """List genes and log(1 + x) of what is not zero in parts `first` to `last` of the rows.
@@ -70,7 +73,7 @@ def _list(first: int, last: int, x: Any, at: Any, start: Any, gene: Any, value: 
         for row in range(n_rows * part // n_parts, n_rows * (part + 1) // n_parts):
             genes, values = gene[start[row] : start[row + 1]], value[start[row] : start[row + 1]]
             if at is None:
-                _places(x[row], place)
+                places(x[row], place)
                 for i in range(genes.size):
                     genes[i] = place[i]
                 for i in range(genes.size):
@@ -79,15 +82,15 @@ def _list(first: int, last: int, x: Any, at: Any, start: Any, gene: Any, value: 
                 genes[:] = at[2][at[0][row] : at[1][row]]
                 values[:] = at[3][at[0][row] : at[1][row]]
             for i in range(genes.size):
-                u = _F(1) + values[i]
-                e, f, q = _log_parts32(u, values[i])
-                log = _F(e) * _F(_LN2) + (f + f * f * q)
-                values[i] = log if _F(0) < u < _LARGEST else (_NAN if u <= _F(0) else u)
+                u = F(1) + values[i]
+                e, f, q = log_parts32(u, values[i])
+                log = F(e) * F(LN2) + (f + f * f * q)
+                values[i] = log if F(0) < u < LARGEST else (NAN if u <= F(0) else u)
             for i in range(genes.size):
                 n_found[np.uint32(genes[i])] += 1
 
 
-@_in_parallel
+@in_parallel
 @no_type_check
 def _lists(
     n_shares: int, n_parts: int, x: Any, at: Any, start: Any, gene: Any, value: Any, found: Any
@@ -101,7 +104,7 @@ def _lists(
 _lists.alone = _list
 
 
-@_compiled
+@compiled
 @no_type_check
 def _add_up(found: Any, by_gene: Any) -> None:
     """Turn how often parts have genes into where the first of each stands in a list gene by gene."""
@@ -113,7 +116,7 @@ def _add_up(found: Any, by_gene: Any) -> None:
     by_gene[-1] = n
 
 
-@_compiled
+@compiled
 @no_type_check
 def _transpose(
     first: int, last: int, start: Any, gene: Any, value: Any, free: Any, row_of: Any, value_of: Any
@@ -130,7 +133,7 @@ def _transpose(
                 row_of[to], value_of[to] = row, value[i]
 
 
-@_in_parallel
+@in_parallel
 @no_type_check
 def _transposes(
     n_shares: int, n_parts: int, start: Any, gene: Any, value: Any, free: Any, row_of: Any, value_of: Any
@@ -144,45 +147,56 @@ def _transposes(
 _transposes.alone = _transpose
 
 
-def log1p_linear(x: Tensor, weight: Tensor, slope: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: FBT001
+def log1p_linear(
+    x: Tensor,
+    weight: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    gene: Tensor | None,
+    count: Tensor | None,
+    slope: bool,  # noqa: FBT001 (as operators are called)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log1p(x) @ weight, for x of which most is zero.
 
     Parameters
     ----------
     x, weight
         (rows, genes) and (genes, features), float32, contiguous.
+    start, stop, gene, count
+        Where it is known what is not zero: entries `start` to `stop` of `gene` and `count` for each row. All
+        None: it is looked for.
     slope
         Whether :func:`log1p_linear_slope` will be asked.
 
     Returns
     -------
     tuple of Tensor
-        The product, (rows, features), and what is not zero, listed gene by gene; nothing where too much is.
+        The product, (rows, features), and what is not zero, listed gene by gene: where each gene's begin,
+        (genes + 1,), and the row and log1p of each, (entries,). They are empty where too much is not zero.
     """
-    known = None if x.is_inference() else _entries.get(x)
+    first = torch.zeros(len(x) + 1, dtype=torch.int32)
     at = None
-    start = torch.zeros(len(x) + 1, dtype=torch.int32)
-    if known and known[0] == x._version:
-        at = tuple(t.numpy() for t in known[1:])
-        np.cumsum(at[1] - at[0], out=start[1:].numpy())
+    if start is None or stop is None or gene is None or count is None:
+        shared(_counts, len(x), x.numel(), x.numpy(), first[1:].numpy())
+        first = first.cumsum(0, dtype=torch.int32)
     else:
-        shared(_counts, len(x), x.numel(), x.numpy(), start[1:].numpy())
-        start = start.cumsum(0, dtype=torch.int32)
-    n = int(start[-1])
-    listed = (x.new_empty(0, dtype=torch.int32), x.new_empty(0, dtype=torch.int32), x.new_empty(0))
+        at = (start.numpy(), stop.numpy(), gene.numpy(), count.numpy())
+        np.cumsum(at[1] - at[0], out=first[1:].numpy())
+    n = int(first[-1])
+    listed = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))
     if n > _DENSE * x.numel():
         return torch.log1p(x) @ weight, *listed
-    gene, value = torch.empty(n, dtype=torch.int32), torch.empty(n)
+    genes, values = torch.empty(n, dtype=torch.int32), torch.empty(n)
     n_parts = min(len(x), _PARTS)
     found = np.empty((n_parts, x.shape[1]), np.int32)
-    arrays = tuple(t.numpy() for t in (start, gene, value))
+    arrays = tuple(t.numpy() for t in (first, genes, values))
     shared(_lists, n_parts, x.numel(), x.numpy(), at, *arrays, found)
     if slope:
-        listed = (torch.empty(x.shape[1] + 1, dtype=torch.int32), torch.empty_like(gene), torch.empty(n))
+        listed = (torch.empty(x.shape[1] + 1, dtype=torch.int32), torch.empty_like(genes), torch.empty(n))
         by_gene, row_of, value_of = (t.numpy() for t in listed)
         _add_up(found, by_gene)
         shared(_transposes, n_parts, x.numel(), *arrays, found, row_of, value_of)
-    out = embedding_bag(gene, weight, start[:-1], mode="sum", per_sample_weights=value)
+    out = embedding_bag(genes, weight, first[:-1], mode="sum", per_sample_weights=values)
     return out, *listed
 
 

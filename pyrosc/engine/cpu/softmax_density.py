@@ -1,5 +1,16 @@
-"""engine.cpu.softmax_density."""
+"""The log density of rows of counts whose mean is total * softmax(logits), and its slopes, in one pass.
 
+A decoder of counts ends in softmax(logits), a library size times that, and a density: in torch operations,
+seven passes over minibatch x genes. In one loop a row stays in the processor's cache. With m = total * share
+and d = d log p / d m of each gene::
+
+    d log p / d logit_g = total share_g (d_g - sum_h share_h d_h),    d log p / d total = sum_h share_h d_h
+
+Autograd multiplies the slopes by the gradient of each row, by `softmax_density_backward`. Where that is known
+beforehand, `weighted_softmax_density_` does both at once.
+"""
+
+from collections.abc import Sequence
 from typing import Any, no_type_check
 
 import numba
@@ -8,20 +19,18 @@ import torch
 from torch import Tensor
 
 from pyrosc.engine.cpu.count_density import (
-    _D_GATE,
-    _D_MEAN,
-    _D_THETA,
-    _ROOM32,
-    _ROOM64,
-    _log_density_of_block,
+    D_GATE,
+    D_MEAN,
+    D_THETA,
+    ROOM32,
+    ROOM64,
+    log_density_of_block,
 )
-from pyrosc.engine.cpu.math32 import _F, _WIDE, _add, _compiled, _exp_parts32, _in_parallel, _inlined, _part
+from pyrosc.engine.cpu.math32 import WIDE, F, add, compiled, exp_parts32, in_parallel, inlined, piece
 from pyrosc.engine.cpu.threads import shared
 
-_BLOCK = 16  # rows whose slopes in parameters of genes are summed one after the other
 
-
-@_inlined
+@inlined
 @no_type_check
 def _ordered(value: float) -> int:
     """Return an integer for a float32: the larger of two is that of the larger number."""
@@ -29,7 +38,7 @@ def _ordered(value: float) -> int:
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@_part
+@piece
 @no_type_check
 def _softmax(logits: Any, bias: Any) -> float:
     """Add a bias to a row of logits and turn them into powers; return the sum, to divide by for shares."""
@@ -41,182 +50,259 @@ def _softmax(logits: Any, bias: Any) -> float:
         top = max(top, _ordered(logits[j]))
     largest = np.int32(_ordered(np.int32(top).view(np.float32))).view(np.float32)
     total = 0.0
-    for start in range(0, n_genes, _WIDE):
-        block, part = logits[start : start + _WIDE], _F(0)
+    for start in range(0, n_genes, WIDE):
+        block, partial = logits[start : start + WIDE], F(0)
         for j in range(block.size):
             y = block[j] - largest
-            scale, t = _exp_parts32(y)
-            power = _F(0) if y < _F(-87) else scale + scale * t
+            scale, t = exp_parts32(y)
+            power = F(0) if y < F(-87) else scale + scale * t
             block[j] = power
-            part += power
-        total += part
+            partial += power
+        total += partial
     return total
 
 
-@_compiled
+@inlined
 @no_type_check
-def _shares_density(
+def density_of_row(
+    logits: Any,
+    bias: Any,
+    gate: Any,
+    gate_bias: Any,
+    size: float,
+    x: Any,
+    theta: Any,
+    kept: Any,
+    weight: float,
+    d_bias: Any,
+    d_gate: Any,
+    d_gate_bias: Any,
+    d_theta: Any,
+    by_mean: Any,
+    mean: Any,
+    s: Any,
+    b: Any,
+    place: Any,
+) -> tuple[float, float]:
+    """Return log p of a row, summed over genes, and its slope in the total.
+
+    Slopes times `weight` take the place of `logits` and `d_gate`, which may be `gate`, and are added to
+    `d_bias`, `d_gate_bias` and `d_theta`. `by_mean`, `mean`, `s`, `b` and `place` are room to work in; of
+    arguments that are None nothing is compiled, and without `by_mean` no slopes in the logits.
+    """
+    n_genes = logits.size
+    inverse = F(1 / _softmax(logits, bias))
+    total, average = 0.0, 0.0
+    for start in range(0, n_genes, WIDE):
+        stop = min(n_genes, start + WIDE)
+        share, partial = logits[start:stop], F(0)
+        for j in range(share.size):
+            share[j] *= inverse
+            mean[j] = size * share[j]
+        if kept is not None:
+            for j in range(share.size):
+                mean[j] *= kept[start + j]
+        if gate is not None and gate_bias is not None:
+            add(F(1), gate_bias[start:stop], gate[start:stop])
+        total += log_density_of_block(
+            x[start:stop],
+            mean[: share.size],
+            None if theta is None else theta[start:stop],
+            None if gate is None else gate[start:stop],
+            s,
+            b,
+            place,
+        )
+        if kept is not None:
+            for j in range(share.size):
+                s[D_MEAN + j] *= kept[start + j]
+        for j in range(share.size):
+            partial += share[j] * s[D_MEAN + j]
+        average += partial
+        if by_mean is not None:
+            slope = by_mean[start:stop]
+            for j in range(share.size):
+                slope[j] = s[D_MEAN + j]
+        if d_theta is not None:
+            add(weight, s[D_THETA:], d_theta[start:stop])
+        if d_gate is not None:
+            by_gate = d_gate[start:stop]
+            for j in range(by_gate.size):
+                by_gate[j] = weight * s[D_GATE + j]
+            if d_gate_bias is not None:
+                add(F(1), by_gate, d_gate_bias[start:stop])
+    scale, less = weight * size, F(average)
+    if by_mean is not None:
+        for j in range(n_genes):
+            logits[j] *= scale * (by_mean[j] - less)
+            if d_bias is not None:
+                d_bias[j] += logits[j]
+    return total, average
+
+
+@compiled
+@no_type_check
+def _density(
     first: int,
     last: int,
     logits: Any,
-    bias: Any,
-    gate: Any,
-    gate_bias: Any,
-    library: Any,
+    total: Any,
     x: Any,
     theta: Any,
-    weight: Any,
+    gate: Any,
+    kept: Any,
     log_p: Any,
-    d_bias: Any,
-    d_gate_bias: Any,
+    d_logits: Any,
+    d_total: Any,
     d_theta: Any,
-    d_library: Any,
+    d_gate: Any,
 ) -> None:
-    """Do so for blocks `first` to `last` of rows with the mean library * softmax(logits + bias).
+    """Fill rows `first` to `last` of log p(x), summed over genes, and of the slopes wanted.
 
-    Slopes of the weighted log densities take the place of `logits` and `gate`; those in `bias`, `gate_bias`
-    and `theta` are summed.
+    Each array has as many rows, or fewer that are taken over and over.
     """
-    n_rows, n_genes = logits.shape
-    s, b, place = np.empty(_ROOM32, np.float32), np.empty(_ROOM64), np.empty(2 * (_WIDE + 1), np.int32)
-    mean, by_mean = np.empty(_WIDE, np.float32), np.empty(n_genes, np.float32)
-    for row in range(first * _BLOCK, min(last * _BLOCK, n_rows)):
-        block, w, size, shares = row // _BLOCK, weight[row], library[row, 0], logits[row]
-        inverse = _F(1 / _softmax(shares, bias))
-        total, average = 0.0, 0.0
-        for start in range(0, n_genes, _WIDE):
-            stop = min(n_genes, start + _WIDE)
-            share, slope, part = shares[start:stop], by_mean[start:stop], _F(0)
-            for j in range(share.size):
-                share[j] *= inverse
-                mean[j] = size * share[j]
-            if gate is not None:
-                gate_part = gate[row, start:stop]
-                if gate_bias is not None:
-                    _add(_F(1), gate_bias[start:stop], gate_part)
-            total += _log_density_of_block(
-                x[row, start:stop],
-                mean[: share.size],
-                None if theta is None else theta[0, start:stop],
-                None if gate is None else gate_part,
-                s,
-                b,
-                place,
-            )
-            for j in range(share.size):
-                slope[j] = s[_D_MEAN + j]
-                part += share[j] * slope[j]
-            average += part
-            if theta is not None:
-                _add(w, s[_D_THETA:], d_theta[block, start:stop])
-            if gate is not None:
-                for j in range(share.size):
-                    gate_part[j] = w * s[_D_GATE + j]
-                if gate_bias is not None:
-                    _add(_F(1), gate_part, d_gate_bias[block, start:stop])
-        log_p[row], d_library[row, 0] = total, w * _F(average)
-        scale, average = w * size, _F(average)
-        d_bias_row = None if bias is None else d_bias[block]
-        for j in range(n_genes):
-            shares[j] *= scale * (by_mean[j] - average)
-            if bias is not None:
-                d_bias_row[j] += shares[j]
-
-
-@_in_parallel
-@no_type_check
-def _shares_densities(
-    n_shares: int,
-    n_blocks: int,
-    logits: Any,
-    bias: Any,
-    gate: Any,
-    gate_bias: Any,
-    library: Any,
-    x: Any,
-    theta: Any,
-    weight: Any,
-    log_p: Any,
-    d_bias: Any,
-    d_gate_bias: Any,
-    d_theta: Any,
-    d_library: Any,
-) -> None:
-    """Do so for all blocks, some at a time on each thread."""
-    for i in numba.prange(n_shares):
-        _shares_density(
-            n_blocks * i // n_shares,
-            n_blocks * (i + 1) // n_shares,
-            logits,
-            bias,
-            gate,
-            gate_bias,
-            library,
-            x,
-            theta,
-            weight,
-            log_p,
-            d_bias,
-            d_gate_bias,
-            d_theta,
-            d_library,
+    n_genes = x.shape[1]
+    s, b, place = np.empty(ROOM32, np.float32), np.empty(ROOM64), np.empty(2 * (WIDE + 1), np.int32)
+    mean, by_mean = np.empty(WIDE, np.float32), np.empty(n_genes, np.float32)
+    room = np.empty(n_genes, np.float32)
+    for row in range(first, last):
+        shares = room if d_logits is None else d_logits[row]
+        shares[:] = logits[row % logits.shape[0]]
+        if d_theta is not None:
+            d_theta[row] = 0
+        log_p[row], d_total[row, 0] = density_of_row(
+            shares,
+            None,
+            None if gate is None else gate[row % gate.shape[0]],
+            None,
+            total[row % total.shape[0], 0],
+            x[row % x.shape[0]],
+            None if theta is None else theta[row % theta.shape[0]],
+            None if kept is None else kept[row % kept.shape[0]],
+            F(1),
+            None,
+            None if d_gate is None else d_gate[row],
+            None,
+            None if d_theta is None else d_theta[row],
+            None if d_logits is None else by_mean,
+            mean,
+            s,
+            b,
+            place,
         )
 
 
-_shares_densities.alone = _shares_density
-
-
-@_compiled
+@in_parallel
 @no_type_check
-def _sum_blocks(slopes: Any, out: Any) -> None:
-    """Sum over the second axis, in an order that does not depend on threads, as torch's may."""
-    out[:] = 0
-    for i in range(slopes.shape[0]):
-        for block in range(slopes.shape[1]):
-            _add(_F(1), slopes[i, block], out[i, 0])
+def _densities(
+    n_shares: int,
+    n_rows: int,
+    logits: Any,
+    total: Any,
+    x: Any,
+    theta: Any,
+    gate: Any,
+    kept: Any,
+    log_p: Any,
+    d_logits: Any,
+    d_total: Any,
+    d_theta: Any,
+    d_gate: Any,
+) -> None:
+    """Do so for all rows, some at a time on each thread."""
+    for i in numba.prange(n_shares):
+        _density(
+            n_rows * i // n_shares,
+            n_rows * (i + 1) // n_shares,
+            logits,
+            total,
+            x,
+            theta,
+            gate,
+            kept,
+            log_p,
+            d_logits,
+            d_total,
+            d_theta,
+            d_gate,
+        )
 
 
-def shares_log_density(
+_densities.alone = _density
+
+
+def softmax_density(
     logits: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    library: Tensor,
+    total: Tensor,
     x: Tensor,
     theta: Tensor | None,
-    weight: Tensor,
+    gate: Tensor | None,
+    kept: Tensor | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log density of rows of counts of mean library * softmax(logits + bias), and slopes of its weighted sum.
-
-    The slopes in `logits` and `gate` take the place of these.
+    """Log density of rows of counts of mean total * softmax(logits), and its slopes.
 
     Parameters
     ----------
-    logits, gate, x
-        Of shares; of zero inflation, None without; counts. Float32, (rows, genes), contiguous.
-    bias, gate_bias
-        Of each gene, added to these; None for nothing.
-    library
-        (rows, 1).
-    theta
-        Inverse dispersion, (1, genes), None for Poisson.
-    weight
-        Of each row, (rows,).
+    logits, x, theta, gate
+        Of shares; counts; inverse dispersion, None for Poisson; logits of zero inflation, None without. All
+        float32 of shape (some rows, genes), contiguous: the one with the most rows is taken once, the others
+        over and over.
+    total
+        (some rows, 1), likewise.
+    kept
+        1 for a count that has a density, 0 for one that is left out, and is 0 in `x`; None for all.
+    wanted
+        For logits, theta and gate: whether the slope is.
 
     Returns
     -------
     tuple of Tensor
-        log p summed over genes, (rows,), and slopes in bias, gate_bias and theta, (1, genes), 0 where there
-        is none, and in library, (rows, 1).
+        log p summed over genes, (rows,), and slopes in logits, total, theta and gate: (rows, genes) or empty,
+        that in the total (rows, 1).
     """
-    n_rows, n_genes = logits.shape
-    library, weight = library.contiguous(), weight.contiguous()
-    log_p, d_library = x.new_empty(n_rows), torch.empty_like(library)
-    n_blocks = -(-n_rows // _BLOCK)
-    slopes = x.new_zeros(3, n_blocks, n_genes)
-    tensors = (logits, bias, gate, gate_bias, library, x, theta, weight, log_p, *slopes, d_library)
-    arrays = (None if t is None else t.detach().numpy() for t in tensors)
-    shared(_shares_densities, n_blocks, logits.numel(), *arrays)
-    summed = x.new_empty(3, 1, n_genes)
-    _sum_blocks(slopes.numpy(), summed.numpy())
-    return log_p, summed[0], summed[1], summed[2], d_library
+    n_rows = max(len(t) for t in (logits, total, x, theta, gate, kept) if t is not None)
+    n_genes = x.shape[1]
+    log_p, d_total = x.new_empty(n_rows), x.new_empty(n_rows, 1)
+    slopes = [x.new_empty((n_rows, n_genes) if want else (0, n_genes)) for want in wanted]
+    arrays = [None if t is None else t.detach().numpy() for t in (logits, total, x, theta, gate, kept)]
+    d_logits, d_theta, d_gate = (
+        slope.numpy() if want else None for slope, want in zip(slopes, wanted, strict=True)
+    )
+    filled = (log_p.numpy(), d_logits, d_total.numpy(), d_theta, d_gate)
+    shared(_densities, n_rows, n_rows * n_genes, *arrays, *filled)
+    return log_p, slopes[0], d_total, slopes[1], slopes[2]
+
+
+def softmax_density_backward(
+    weight: Tensor,
+    d_logits: Tensor,
+    d_total: Tensor,
+    d_theta: Tensor,
+    d_gate: Tensor,
+    of_genes: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slopes of :func:`softmax_density` times the gradient of each row.
+
+    Parameters
+    ----------
+    weight
+        The gradient, (rows,).
+    d_logits, d_total, d_theta, d_gate
+        The slopes; those that nobody wants are empty, and stay so.
+    of_genes
+        For logits, theta and gate: whether they are the same in all rows, so that theirs are summed.
+
+    Returns
+    -------
+    tuple of Tensor
+        Gradients in logits, total, theta and gate, (rows, genes) or (1, genes); (rows, 1) for the total.
+    """
+
+    def chained(slopes: Tensor, summed: bool) -> Tensor:  # noqa: FBT001
+        if not len(slopes):
+            return torch.empty_like(slopes)
+        return (weight @ slopes)[None] if summed else weight[:, None] * slopes
+
+    by_logits, by_theta, by_gate = map(chained, (d_logits, d_theta, d_gate), of_genes)
+    return by_logits, weight[:, None] * d_total, by_theta, by_gate

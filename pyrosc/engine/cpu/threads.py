@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import torch
 
 from pyrosc.engine.cpu.cores import n_cores
 
-SMALL = 1 << 15
+_SMALL = 1 << 15
 """Entries (cells x genes) below which several threads are no sooner done, and far later on busy cores."""
 
 _SHARES = 4  # of the rows, for each thread
 
 _LOOP, _SETTING = Lock(), Lock()
+_checked = local()
 _forked = False
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ def kept(n_entries: int | None = None) -> Iterator[int]:
     int
         How many threads these are. Last digits of sums and products depend on it.
     """
-    before = given()
-    if _forked or (n_entries is not None and n_entries < SMALL):
+    _undo_launch()
+    before = torch.get_num_threads()
+    if _forked or (n_entries is not None and n_entries < _SMALL):
         number = 1
     else:
         number = before if "OMP_NUM_THREADS" in os.environ else min(before, n_cores())
@@ -69,10 +71,15 @@ def kept(n_entries: int | None = None) -> Iterator[int]:
         set_here(before)
 
 
-def given() -> int:
-    """Return the number of threads that torch has in this thread, or had before numba changed it."""
+def _undo_launch() -> None:
+    """Give torch back, in this thread, the number that numba's launch of its pool has changed: once."""
+    if getattr(_checked, "here", False) or (numbas := _set_by_numba()) is None:
+        return
     here, new = torch.get_num_threads(), _in_a_new_thread(torch.get_num_threads)
-    return new if here > new or here == _set_by_numba() else here
+    # Fewer than torch was given, and not numba's number, are somebody's wish. (MKL may have cut numba's.)
+    if here > new or here == numbas:
+        set_here(new)
+    _checked.here = True
 
 
 def set_here(number: int) -> None:
@@ -117,7 +124,7 @@ def _pool() -> int:
 
 def shared(run: Any, n_rows: int, n_entries: int, *arguments: Any) -> None:
     """Call run(n_shares, n_rows, ...) on as many threads as torch has; numba's number is left as it was."""
-    n_threads = 1 if _forked or n_entries < SMALL else torch.get_num_threads()
+    n_threads = 1 if _forked or n_entries < _SMALL else torch.get_num_threads()
     if n_threads > 1:
         n_threads = min(n_threads, _pool())
     # Not every thread layer of numba bears two callers at once: the second works alone.

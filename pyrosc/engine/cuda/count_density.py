@@ -1,7 +1,7 @@
-"""The log density of cells on CUDA: one pass over the entries, compiled by Triton.
+"""The log density of rows of counts given their means, and its slopes, on CUDA: compiled by Triton.
 
-What `kernels.py` is on a CPU. Everything is in float64, of which devices made for training have plenty and
-others little; the formulas are those of `distributions.py`, where they are explained.
+What `cpu/count_density.py` is on a CPU. Everything is in float64, of which devices made for training have
+plenty and others little; the formulas are those of `distributions/density.py`, where they are explained.
 """
 
 from collections.abc import Sequence
@@ -169,7 +169,7 @@ def _log_density(
 def log_density(
     x: Tensor, mean: Tensor, theta: Tensor | None, gate: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log density of rows of counts, and its slopes: `kernels.log_density`, on CUDA."""
+    """Log density of rows of counts, and its slopes: `cpu.count_density.log_density`, on CUDA."""
     inputs = [x, mean, theta, gate]
     n_rows, n_genes = max(len(t) for t in inputs if t is not None), x.shape[1]
     n_blocks = triton.cdiv(n_genes, _BLOCK)

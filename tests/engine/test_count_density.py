@@ -1,25 +1,18 @@
-"""The compiled loops against the torch operations that they take the place of."""
+"""The loop over counts and their means against the torch operations that it takes the place of."""
 
-import logging
 import math
-import os
-import subprocess
-import sys
 
 import numba
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
 
-from pyrosc import VAE, fit_svi
-from pyrosc.data import minibatch as cells
 from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated
-from pyrosc.engine import backends as compiled
-from pyrosc.engine.cpu import count_density as kernels
-from pyrosc.engine.cpu.threads import SMALL
+from pyrosc.engine.backends import kernels
+from pyrosc.engine.cpu.math32 import WIDE
 from pyrosc.inference.isolation import validating
-from pyrosc.nn import log1p_linear as sparse
+
+MANY = 1 << 15  # entries from which on rows are shared among threads
 
 MAKE = {
     "poisson": lambda mean: Poisson(mean),
@@ -28,7 +21,6 @@ MAKE = {
     "zinb": lambda mean, theta, gate: ZeroInflated(NegativeBinomial(mean, theta), gate),
 }
 ALL = pytest.mark.parametrize("name", MAKE)
-WIDE = kernels._WIDE
 WIDTHS = sorted({1, 7, WIDE - 1, WIDE, WIDE + 1, 2 * WIDE, 2 * WIDE + 1, 1024, 1025, 2300})
 SPECIAL = [0.0, 1.0, 4.0, 5.0, 16.0, 17.0, 1023.0, 1024.0, 2e5]
 
@@ -51,6 +43,7 @@ def example(name, rows, n_genes, *, theta=None, gate=None, draws=(), seed=0):
 @pytest.fixture
 def called(monkeypatch):
     """Arguments of each call of the compiled density."""
+    assert kernels()
     calls, original = [], torch.ops.pyrosc.log_density
     monkeypatch.setattr(torch.ops.pyrosc, "log_density", lambda *a: calls.append(a) or original(*a))
     return calls
@@ -207,7 +200,7 @@ def test_every_count_to_forty_and_beyond_the_table(name):
 @pytest.mark.parametrize("rows", [1, 2, 37, 300])
 @ALL
 def test_bits_do_not_depend_on_the_threads(name, rows):
-    n_genes = 2 * SMALL // rows + 1
+    n_genes = 2 * MANY // rows + 1
     parameters, x = example(name, rows, n_genes)
 
     def run():
@@ -346,161 +339,3 @@ def test_one_slope_alone_is_what_it_is_among_all(name, called):
         assert torch.equal(log_prob.detach(), want[0])
         assert torch.equal(slope, want[1 + i])
         assert sum(called[-1][-1]) == 1
-
-
-# --- minibatches
-
-
-@pytest.fixture
-def csr():
-    """Counts of which some rows are empty: the first, the last, and two side by side."""
-    rng = np.random.default_rng(0)
-    x = rng.poisson(2, (30, 17)) * (rng.random((30, 17)) < 0.3)
-    x[[0, 11, 12, 29]] = 0
-    return scipy.sparse.csr_matrix(x.astype(np.float32))
-
-
-def resident(csr):
-    n = csr.shape[0]
-    none = torch.zeros(n, 0)
-    start = torch.as_tensor(csr.indptr, dtype=torch.int64)
-    return cells.Resident(
-        start=start[:-1],
-        stop=start[1:],
-        gene=torch.as_tensor(csr.indices, dtype=torch.int32),
-        count=torch.as_tensor(csr.data),
-        total=torch.as_tensor(csr.sum(1)).ravel(),
-        n_genes=csr.shape[1],
-        batch=torch.zeros(n, dtype=torch.int64),
-        labels=torch.zeros(n, dtype=torch.int64),
-        categorical=none.long(),
-        continuous=none,
-        proteins=none,
-    )
-
-
-ROWS = {
-    "all": list(range(30)),
-    "backwards": list(range(29, -1, -1)),
-    "repeated": [5, 5, 3, 5, 3],
-    "empty ones": [0, 12, 11, 29, 29],
-    "one": [7],
-    "none": [],
-}
-
-
-@pytest.mark.parametrize("loops", [True, False])
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_gathered_rows_are_those_of_the_matrix(csr, rows, loops, monkeypatch):
-    """With the compiled loop, and as other devices gather."""
-    if not loops:
-        monkeypatch.setattr(cells, "kernels", lambda: None)
-    x = resident(csr).cells(torch.tensor(rows, dtype=torch.int64)).x
-    assert x.dtype == torch.float32
-    np.testing.assert_array_equal(x.numpy(), csr[rows].toarray())
-
-
-def test_a_gather_in_shares_is_one_in_order(csr):
-    wide = scipy.sparse.hstack([csr] * 100).tocsr()
-    rows = torch.tensor([*range(30)] * 3)
-    assert len(rows) * wide.shape[1] > SMALL
-    alone = resident(wide).cells(rows).x
-    torch.set_num_threads(2)
-    try:
-        shared = resident(wide).cells(rows).x
-    finally:
-        torch.set_num_threads(1)
-    assert torch.equal(alone, shared)
-    np.testing.assert_array_equal(shared.numpy(), wide[rows.numpy()].toarray())
-
-
-@pytest.mark.parametrize("loops", [True, False])
-def test_no_cell_has_an_entry(loops, monkeypatch):
-    if not loops:
-        monkeypatch.setattr(cells, "kernels", lambda: None)
-    x = resident(scipy.sparse.csr_matrix((4, 5), dtype=np.float32)).cells(torch.tensor([3, 0])).x
-    assert torch.equal(x, torch.zeros(2, 5))
-
-
-def test_cells_that_are_taken_share_their_entries(rich):
-    rows = torch.tensor([7, 3, 199, 3, 0])
-    whole = rich.on("cpu")
-    assert whole.count.data_ptr() == rich.x.data.ctypes.data
-    taken = whole.take(rows)
-    assert len(taken) == 5
-    for name in ("gene", "count"):
-        assert getattr(taken, name).data_ptr() == getattr(whole, name).data_ptr()
-    copied = rich[rows.numpy()].on("cpu")
-    for size in (2, 5):
-        ours, theirs = list(taken.minibatches(size)), list(copied.minibatches(size))
-        assert len(ours) == len(theirs) == -(-5 // size)
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.n_total == b.n_total == 5
-            for name in ("x", "index", "batch", "labels", "categorical", "continuous"):
-                assert torch.equal(getattr(a, name), getattr(b, name)), name
-
-
-def test_cells_taken_from_taken_ones(data):
-    whole = data.on("cpu")
-    twice = whole.take(torch.tensor([9, 4, 6, 2])).take(torch.tensor([3, 0]))
-    np.testing.assert_array_equal(twice.cells(torch.arange(2)).x.numpy(), data.x[[2, 9]].toarray())
-
-
-# --- without numba
-
-
-@pytest.mark.parametrize("likelihood", ["poisson", "nb", "zinb"])
-def test_without_the_loops_a_fit_is_nearly_the_same(data, likelihood, monkeypatch):
-    vae = VAE.for_data(data, n_latent=2, hidden=(8,), likelihood=likelihood, dropout=0.0)
-    settings = {"epochs": 3, "minibatch_size": 64, "learning_rate": 1e-2, "progress": False}
-    with_loops = fit_svi(vae, data, **settings)
-    asked = []
-    for module in (compiled, cells, sparse):
-        monkeypatch.setattr(module, "kernels", lambda name=module.__name__: asked.append(name))
-    without = fit_svi(vae, data, **settings)
-    assert set(asked) == {"pyrosc.compiled", "pyrosc.cells", "pyrosc.sparse"}
-    for column in ("train", "validation", "kl_z"):
-        np.testing.assert_allclose(with_loops.history[column], without.history[column], rtol=1e-3)
-
-
-def test_one_warning_where_numba_does_not_import(monkeypatch, caplog):
-    monkeypatch.delattr("pyrosc.kernels")
-    monkeypatch.setitem(sys.modules, "pyrosc.kernels", None)
-    compiled.kernels.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert compiled.kernels() is None
-            assert compiled.kernels() is None
-            d = Poisson(torch.ones(2, 3)).to_event(1)
-            torch.testing.assert_close(d.log_prob(torch.zeros(2, 3)), torch.full((2,), -3.0))
-    finally:
-        compiled.kernels.cache_clear()
-    (record,) = caplog.records
-    assert record.name == "pyrosc.compiled"
-    assert record.levelno == logging.WARNING
-    assert "numba cannot be used" in record.getMessage()
-
-
-def test_a_process_that_compiles_has_the_bits_of_those_that_find_the_loops_compiled(tmp_path):
-    code = (
-        "import hashlib, torch\n"
-        "from pyrosc import kernels\n"
-        "torch.set_num_threads(1)\n"
-        "some = lambda *shape: torch.rand(*shape, generator=random)\n"
-        "random = torch.Generator().manual_seed(0)\n"
-        "logits, gate, x = some(64, 700), some(64, 700), (4 * some(64, 700)).floor()\n"
-        "theta = 3 * some(1, 700)\n"
-        "library, weight = x.sum(1, keepdim=True), torch.ones(64)\n"
-        "parts = logits, some(700), gate, some(700), library, x, theta, weight\n"
-        "done = kernels.shares_log_density(*parts)\n"
-        "print(hashlib.md5(b''.join(t.numpy().tobytes() for t in (logits, gate, *done))).hexdigest())\n"
-    )
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-        ).stdout
-        for _ in range(2)
-    ]
-    assert any(tmp_path.rglob("*.nbc"))
-    assert found[0] == found[1]
