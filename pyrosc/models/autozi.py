@@ -120,11 +120,9 @@ class AutoZI(nn.Module):
             likelihood in ("nb", "poisson"),
             f'likelihood is of counts that are not inflated, "nb" or "poisson", not {likelihood!r}',
         )
-        require(
-            len(concentration) == 2 and min(concentration) > 0 and 0 <= least_dropout < 1,
-            "concentration needs two numbers above 0, and least_dropout is a probability below 1; "
-            f"got {concentration!r} and {least_dropout!r}",
-        )
+        above = len(concentration) == 2 and min(concentration) > 0
+        require(above, f"concentration needs two numbers above 0, not {concentration!r}")
+        require(0 <= least_dropout < 1, f"least_dropout is a probability below 1, not {least_dropout!r}")
         decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
         return cls(
             Encoder(data.n_genes, n_latent, Covariates(), hidden, norm=norm, dropout=dropout),
