@@ -112,10 +112,8 @@ class DCA(nn.Module):
         data, norm, dropout, seed
             See :meth:`VAE.for_data`.
         """
-        require(
-            ridge >= 0 and hidden,
-            f"ridge must be at least 0 and hidden name a layer, not {ridge!r} and {hidden!r}",
-        )
+        require(hidden, "hidden names a layer at least, the code, not ()")
+        require(ridge >= 0, f"ridge must be at least 0, not {ridge!r}")
         require(
             not ridge or likelihood in ("zip", "zinb"),
             f'the ridge is on dropout probabilities: it needs "zinb" or "zip", not {likelihood!r}',

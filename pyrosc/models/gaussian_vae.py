@@ -112,10 +112,7 @@ class GaussianVAE(nn.Module):
         data, n_latent, hidden, norm, dropout, seed
             See :meth:`VAE.for_data`. Mean and scale of z have hidden layers of these widths each.
         """
-        require(
-            scale is None or 0 < scale < math.inf,
-            f"scale is a standard deviation above 0, or None, not {scale!r}",
-        )
+        require(scale is None or 0 < scale < math.inf, f"scale must be above 0, or None, not {scale!r}")
         n, to_values = data.n_genes, transform_of(transform, data)
         mean, sd = moments_of(to_values, data)
         return cls(

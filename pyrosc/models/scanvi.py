@@ -119,9 +119,7 @@ class SCANVI(nn.Module):
             See :meth:`VAE.for_data`. All networks have these hidden layers.
         """
         n_labels = len(data.schema.labels)
-        require(
-            n_labels >= 2, f"{n_labels} labels: give from_anndata a labels_key whose column has two or more"
-        )
+        require(n_labels >= 2, f"{n_labels} labels: give from_anndata a labels_key that has two or more")
         require(classification >= 0, f"classification is a weight of at least 0, not {classification!r}")
         decoder = decoder_for(data, n_latent, hidden[::-1], norm=norm, dropout=dropout)
         return cls(

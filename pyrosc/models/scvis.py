@@ -113,10 +113,8 @@ class SCVIS(nn.Module):
         data, transform, n_latent, hidden, norm, dropout, seed
             See :meth:`GaussianVAE.for_data`.
         """
-        require(
-            perplexity > 1 and (attraction is None or attraction >= 0),
-            f"perplexity must be above 1 and attraction at least 0, not {perplexity!r} and {attraction!r}",
-        )
+        require(perplexity > 1, f"perplexity must be above 1, not {perplexity!r}")
+        require(attraction is None or attraction >= 0, f"attraction must be at least 0, not {attraction!r}")
         to_values = transform_of(transform, data)
         mean, sd = moments_of(to_values, data)
         down = MLP(data.n_genes, hidden, norm=norm, dropout=dropout)

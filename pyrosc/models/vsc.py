@@ -126,11 +126,9 @@ class VSC(nn.Module):
         data, likelihood, library, dispersion, n_latent, norm, dropout, seed
             See :meth:`VAE.for_data`.
         """
-        require(
-            1e-6 <= inclusion <= 1 - 1e-6 and hidden,
-            "inclusion is a probability, 1e-6 or more from 0 and 1, and hidden names a layer at least, "
-            f"not {inclusion!r} and {hidden!r}",
-        )
+        require(hidden, "hidden names a layer at least, not ()")
+        within = 1e-6 <= inclusion <= 1 - 1e-6
+        require(within, f"inclusion is a probability, 1e-6 or more from 0 and 1, not {inclusion!r}")
         require(decoder in ("mlp", "linear"), f"decoder must be 'mlp' or 'linear', not {decoder!r}")
         encoder = SpikeSlabEncoder(
             data.n_genes, n_latent, hidden, branch, inclusion, norm=norm, dropout=dropout
