@@ -6,7 +6,7 @@ import os
 import pytest
 
 from pyrosc.engine.cpu import cores
-from pyrosc.engine.cpu.cores import n_cores, quota
+from pyrosc.engine.cpu.cores import _quota, n_cores
 
 FILES = {
     "version 2": ("0::/a/b\n", {"a/b/cpu.max": "250000 100000\n", "cpu.max": "max 100000\n"}, 2.5),
@@ -38,11 +38,11 @@ def test_the_quota_of_control_groups(case, tmp_path):
         path = tmp_path / "groups" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert quota(tmp_path / "groups", tmp_path / "own") == expected
+    assert _quota(tmp_path / "groups", tmp_path / "own") == expected
 
 
 def test_no_quota_on_other_systems(tmp_path):
-    assert quota(tmp_path, tmp_path / "absent") == math.inf
+    assert _quota(tmp_path, tmp_path / "absent") == math.inf
 
 
 def test_cores_are_the_fewest_of_affinity_and_quota(monkeypatch):

@@ -65,7 +65,7 @@ def _softmax(logits: Any, bias: Any) -> float:
 @inlined
 @no_type_check
 def _gate_slopes(weight: float, s: Any, by_gate: Any, by_bias: Any) -> None:
-    """Fill in the slopes in the gate, times `weight`, and add them to those in its offset, if there are any."""
+    """Fill in the slopes in the gate, times `weight`, and add them to those in its offset, if any."""
     for j in range(by_gate.size):
         by_gate[j] = weight * s[D_GATE + j]
     if by_bias is not None:
