@@ -274,7 +274,7 @@ def test_training_leaves_the_absent_genes_out(truth, reference):
         guided = poutine.trace(query.guide).get_trace(few)
         site = poutine.trace(poutine.replay(query.model, guided)).get_trace(few).nodes["x"]
     mean, theta = (
-        site["fn"].base_dist.base_dist._mean,
+        site["fn"].base_dist.base_dist.mean,
         query.program.likelihood.log_inverse_dispersion.exp()[0],
     )
     theta = theta.detach()

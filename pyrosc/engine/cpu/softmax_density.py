@@ -64,6 +64,17 @@ def _softmax(logits: Any, bias: Any) -> float:
 
 @inlined
 @no_type_check
+def _mean_slope(share: Any, s: Any, slope: Any) -> float:
+    """Fill in the slopes in the means; return their mean by shares, summed in float32."""
+    partial = F(0)
+    for j in range(share.size):
+        slope[j] = s[D_MEAN + j]
+        partial += share[j] * slope[j]
+    return partial
+
+
+@inlined
+@no_type_check
 def _slopes_of_gate(weight: float, s: Any, by_gate: Any) -> None:
     """Fill in the slopes in the gate, times `weight`."""
     for j in range(by_gate.size):
@@ -103,7 +114,7 @@ def density_of_row(
     total, average = 0.0, 0.0
     for start in range(0, n_genes, WIDE):
         stop = min(n_genes, start + WIDE)
-        share, slope, partial = logits[start:stop], by_mean[start:stop], F(0)
+        share = logits[start:stop]
         for j in range(share.size):
             share[j] *= inverse
             mean[j] = size * share[j]
@@ -124,10 +135,7 @@ def density_of_row(
         if kept is not None:
             for j in range(share.size):
                 s[D_MEAN + j] *= kept[start + j]
-        for j in range(share.size):
-            slope[j] = s[D_MEAN + j]
-            partial += share[j] * slope[j]
-        average += partial
+        average += _mean_slope(share, s, by_mean[start:stop])
         if d_theta is not None:
             add(weight, s[D_THETA:], d_theta[start:stop])
         if d_gate is not None:
