@@ -84,7 +84,7 @@ class Counts:
         """A hash of the counts and of the names of cells and genes, 16 hexadecimal digits."""
         digest = blake2b(digest_size=8)
         for array in (self.x.indptr.astype(np.int64), self.x.indices.astype(np.int64), self.x.data):
-            digest.update(np.ascontiguousarray(array).view(np.uint8))
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         digest.update("\n".join([*map(str, self.cell_names), *self.schema.genes]).encode())
         return digest.hexdigest()
 

@@ -13,8 +13,8 @@ class Given(NamedTuple):
     mean: Tensor | None
     logits: Tensor | None
     total: Tensor | None
-    inverse_dispersion: Tensor | None = None
-    gate_logits: Tensor | None = None
+    inverse_dispersion: Any = None
+    gate_logits: Any = None
 
     def checked(self, name: str) -> "Given":
         """Return it, if it says what the mean is, and once.

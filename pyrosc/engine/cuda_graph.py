@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyrosc.engine.compare import restore
+from pyrosc.engine.compare import agree, restore
 from pyrosc.engine.replay import NotRecordableError
 from pyrosc.engine.rng import seeded
 

@@ -52,7 +52,7 @@ def _weighted_loss(
     scaled = ScaleKL(float(weight) if isinstance(elbo, TraceEnum_ELBO) else weight)
     estimate = _ESTIMATES.get(type(elbo))
     if estimate is None:
-        ask: Any = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss  # type: ignore[attr-defined]
+        ask: Any = elbo.differentiable_loss if torch.is_grad_enabled() else elbo.loss
         return torch.as_tensor(ask(scaled(model), scaled(guide), cells)) / cells.n_total
     particles = [
         estimate(modelled, guided)
@@ -95,7 +95,7 @@ def loss_and_gradients(
         try:
             for p in parameters:
                 p.grad = None
-            loss = elbo.loss_and_grads(scaled(model), scaled(guide), cells)  # type: ignore[attr-defined]
+            loss = elbo.loss_and_grads(scaled(model), scaled(guide), cells)
             slopes = [None if p.grad is None else p.grad / cells.n_total for p in parameters]
         finally:
             for p, grad in zip(parameters, before, strict=True):

@@ -166,10 +166,11 @@ def fit_svi(
         problem = Problem(
             leaving_out(chosen, data.schema),
             variational,
-            elbo_of(program, elbo),
-            modules,
-            *(counts.take(torch.as_tensor(some, device=on)) for some in rows),
-            threads,
+            elbo=elbo_of(program, elbo),
+            modules=modules,
+            train=counts.take(torch.as_tensor(rows[0], device=on)),
+            validation=counts.take(torch.as_tensor(rows[1], device=on)),
+            threads=threads,
         )
         history, learned = train(problem, settings, progress)
     found = Found(

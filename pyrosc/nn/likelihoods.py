@@ -38,7 +38,7 @@ class Likelihood(Protocol):
 class Poisson(nn.Module):
     """x ~ Poisson(mean)."""
 
-    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.Poisson:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Any) -> distributions.Poisson:  # noqa: ARG002
         """Return Poisson(mean)."""
         return distributions.Poisson(**mean)
 
@@ -58,7 +58,7 @@ class NegativeBinomial(nn.Module):
         super().__init__()
         self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_batches, n_genes))
 
-    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Any) -> distributions.NegativeBinomial:  # noqa: ARG002
         """Return NegativeBinomial(mean, theta)."""
         log_theta = self.log_inverse_dispersion
         theta = log_theta.exp()[batch] if len(log_theta) > 1 else log_theta[0].exp()
@@ -81,7 +81,7 @@ class ZeroInflated(nn.Module):
         self.base = base
         self.gate_logits = nn.Linear(n_hidden, n_genes)
 
-    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.ZeroInflated:
+    def forward(self, h: Tensor, batch: Tensor, **mean: Any) -> distributions.ZeroInflated:
         """Return ZeroInflated(base, gate_logits)."""
         return distributions.ZeroInflated(self.base(h, batch, **mean), self.gate_logits(h))
 
@@ -101,7 +101,7 @@ class LinearNegativeBinomial(nn.Module):
         super().__init__()
         self.log_inverse_dispersion = nn.Parameter(torch.zeros(n_genes))
 
-    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Any) -> distributions.NegativeBinomial:  # noqa: ARG002
         """Return NegativeBinomial(mean, kappa mean)."""
         mu = distributions.Poisson(**mean).mean
         theta = (mu * self.log_inverse_dispersion.exp()).clamp_min(1e-10)
@@ -121,7 +121,7 @@ class ConditionalNegativeBinomial(nn.Module):
         super().__init__()
         self.log_inverse_dispersion = nn.Linear(n_hidden, n_genes)
 
-    def forward(self, h: Tensor, batch: Tensor, **mean: Tensor) -> distributions.NegativeBinomial:  # noqa: ARG002
+    def forward(self, h: Tensor, batch: Tensor, **mean: Any) -> distributions.NegativeBinomial:  # noqa: ARG002
         """Return NegativeBinomial(mean, theta)."""
         theta = self.log_inverse_dispersion(h).clamp(-9, 9).exp()
         return distributions.NegativeBinomial(**mean, inverse_dispersion=theta)

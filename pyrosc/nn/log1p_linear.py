@@ -69,7 +69,7 @@ class _Log1pLinear(torch.autograd.Function):
         return product
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *by_gene = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None, None

@@ -26,7 +26,7 @@ _ELEMENTS = 2**23
 _OWN_BATCH = (None,)
 """Each cell is decoded in the batch that it is of."""
 
-_Answer = TypeVar("Answer")
+_Answer = TypeVar("_Answer")
 
 
 class Run(NamedTuple):

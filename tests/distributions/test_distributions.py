@@ -142,7 +142,7 @@ def test_lookup_and_mask_agree(name, monkeypatch):
     make, _, grids = CASES[name]
     x, *parameters = columns(itertools.product(COUNTS, *grids))
     called = []
-    monkeypatch.setattr(density, "SMALL", 0)  # these few entries are to be looked up
+    monkeypatch.setattr(density, "_SMALL", 0)  # these few entries are to be looked up
     lookup = density._positive_entries
     monkeypatch.setattr(density, "_positive_entries", lambda *a: called.append(a) or lookup(*a))
     for dtype in (torch.float32, torch.float64):

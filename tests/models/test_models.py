@@ -192,10 +192,12 @@ def vasc_noise(vasc, cells):
 def test_a_program_may_carry_its_epochs_and_validation(data):
     vae = VAE.for_data(data, n_latent=2, hidden=(4,))
     vae.epochs, vae.validation = 2, 0.0
-    carried = fit_svi(vae, data, progress=False).settings
-    assert (carried["epochs"], carried["validation"], carried["n_train"]) == (2, 0.0, data.n_cells)
-    asked = fit_svi(vae, data, epochs=1, validation=0.5, progress=False).settings
-    assert (asked["epochs"], asked["validation"], asked["n_train"]) == (1, 0.5, data.n_cells // 2)
+    carried = fit_svi(vae, data, progress=False)
+    assert (carried.settings["epochs"], carried.settings["validation"]) == (2, 0.0)
+    assert carried.found.n_train == data.n_cells
+    asked = fit_svi(vae, data, epochs=1, validation=0.5, progress=False)
+    assert (asked.settings["epochs"], asked.settings["validation"]) == (1, 0.5)
+    assert asked.found.n_train == data.n_cells // 2
     vae.validation = 1.0
     with pytest.raises(ValueError, match="validation is a share"):
         fit_svi(vae, data, progress=False)

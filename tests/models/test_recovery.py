@@ -164,7 +164,7 @@ def test_a_linear_variance_is_told_from_a_quadratic_one():
             adam = torch.optim.Adam(likelihood.parameters(), lr=0.05)
             for _ in range(100):
                 adam.zero_grad()
-                p = likelihood(torch.as_tensor(mean).float(), none, none.long())
+                p = likelihood(none, none.long(), mean=torch.as_tensor(mean).float())
                 (-p.log_prob(torch.as_tensor(x)).mean()).backward()
                 adam.step()
             kappa = likelihood.log_inverse_dispersion.detach().exp()
