@@ -6,7 +6,7 @@ batch normalisation, float32, CPU. The contestants:
     pyrosc  `fit_svi(VAE.for_data(...))`, validation=0, else the defaults
     scvi    scvi-tools' SCVI, trained on all cells: no validation, early stopping, bar, logger, checkpoints
     plain   the modules of pyrosc's VAE (encoder, decoder, likelihood) called by hand: no sample, plate,
-            trace, ELBO; fused Adam with the same weight decay, minibatches of the same `Resident`.
+            trace, ELBO; fused Adam with the same weight decay, minibatches of the same `DeviceCounts`.
             pyrosc / plain is the price of Pyro, the "tax".
     floor   the matmuls of the last layer alone: a (minibatch x 128) matrix through a (128 x genes) head,
             forward and both backward, outputs allocated before; 1 head for NB, 2 for ZINB
@@ -202,8 +202,8 @@ def run_plain(data: pyrosc.Counts, condition: Condition, seed: int) -> list[floa
         cells = resident.cells(rows)
         q = model.encoder(cells)
         z = q.rsample()
-        h, rho = model.decoder(z, cells)
-        px = model.likelihood(cells.library.clamp_min(1.0) * rho, h, cells.batch)
+        h, logits = model.decoder(z, cells)
+        px = model.likelihood(h, cells.batch, logits=logits, total=cells.library.clamp_min(1.0))
         kl = torch.distributions.kl_divergence(q, model.prior(cells).base_dist).sum()
         loss = (kl - px.to_event(1).log_prob(cells.x).sum()) / len(rows)
         adam.zero_grad()

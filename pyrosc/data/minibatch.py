@@ -90,8 +90,9 @@ class Cells:
     @property
     def library(self) -> Float[Tensor, "cells 1"]:
         """Observed total of each cell, in counts, over the genes of the fit."""
-        known = self.entries is not None and self.entries.x is self.x
-        return self.entries.total if known else self.x.sum(-1, keepdim=True)
+        if self.entries is not None and self.entries.x is self.x:
+            return self.entries.total
+        return self.x.sum(-1, keepdim=True)
 
     def __len__(self) -> int:
         return len(self.index)

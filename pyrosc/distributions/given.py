@@ -10,9 +10,9 @@ from torch.distributions import constraints
 class Given(NamedTuple):
     """Parameters in the shapes they were given in; None is what was not."""
 
-    mean: Tensor | None
-    logits: Tensor | None
-    total: Tensor | None
+    mean: Any
+    logits: Any
+    total: Any
     inverse_dispersion: Any = None
     gate_logits: Any = None
 

@@ -106,7 +106,7 @@ def _weighted_softmax_density_(logits: Tensor, *others: Any) -> tuple[Tensor, ..
 def _log1p_linear(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
     size = torch.library.get_ctx().new_dynamic_size  # how many there are is known from their numbers alone
     n_firsts, n_entries = size(), size()
-    whole = {"dtype": torch.int32}
+    whole: Any = {"dtype": torch.int32}
     listed = x.new_empty(n_firsts, **whole), x.new_empty(n_entries, **whole), x.new_empty(n_entries)
     return x.new_empty(len(x), weight.shape[1]), *listed
 

@@ -68,7 +68,8 @@ def _fuse(graph: fx.Graph, density: fx.Node) -> None:
     (backward,) = back
     if str(backward.target) != "pyrosc.softmax_density_backward.default":
         return
-    weight, of_genes = backward.args[0], backward.args[-1]
+    arguments: Any = backward.args
+    weight, of_genes = arguments[0], arguments[-1]
     row_by_row = not of_genes[0] and not of_genes[2] and _shape(logits) == _shape(x)
     fits = row_by_row and _shape(total) == (*_shape(x)[:1], 1)
     fits = fits and (theta is None or (len(_shape(theta)) == 2 and _shape(theta)[0] == 1))
