@@ -60,7 +60,8 @@ def fuse(graph: fx.GraphModule) -> None:
 
 def _fuse(graph: fx.Graph, density: fx.Node) -> None:
     """Replace a log density and its backward by what does both, if that can be; else leave them."""
-    logits, total, x, theta, gate, kept, wanted = density.args
+    given: Any = density.args
+    logits, total, x, theta, gate, kept, wanted = given
     result = {node.args[1]: node for node in density.users}
     back = {user for i, node in result.items() if i for user in node.users}
     if len(back) != 1 or not wanted[0] or (gate is not None and not wanted[2]):

@@ -163,7 +163,7 @@ def _text_of_iterator(thing: Any) -> Any:
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.blake2b(memoryview(array).cast("B"), digest_size=8).hexdigest() if array.size else ""
+    return hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest() if array.size else ""
 
 
 def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
