@@ -25,7 +25,8 @@ from pyrosc import (
     from_anndata,
 )
 from pyrosc.datasets.simulate import simulate, simulate_proteins
-from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated, without
+from pyrosc.distributions.cell import without
+from pyrosc.distributions.counts import NegativeBinomial, Poisson, ZeroInflated
 from pyrosc.nn.priors import Mixture
 from pyrosc.posterior.missing_genes import asked
 

@@ -227,7 +227,7 @@ def _kl_by_site(model: Program, guide: Program, cells: Cells, *, mean_field: boo
         where it does not, from one draw.
     """
     guided, modelled = traces(model, guide, cells)
-    return _kl_by_site(modelled, guided, cells, mean_field=mean_field)
+    return _kl_of_sites(modelled, guided, cells, mean_field=mean_field)
 
 
 def loss_and_kl(
@@ -241,11 +241,11 @@ def loss_and_kl(
     scaled = ScaleKL(weight)
     ((modelled, guided),) = elbo._get_traces(scaled(model), scaled(guide), (cells,), {})
     loss = torch.as_tensor(_ESTIMATES[type(elbo)](modelled, guided)) / -cells.n_total
-    kl = _kl_by_site(modelled, guided, cells, mean_field=mean_field)
+    kl = _kl_of_sites(modelled, guided, cells, mean_field=mean_field)
     return loss, {name: value / weight for name, value in kl.items()}
 
 
-def _kl_by_site(
+def _kl_of_sites(
     modelled: poutine.Trace, guided: poutine.Trace, cells: Cells, *, mean_field: bool
 ) -> dict[str, float]:
     """Return the KL of each site, times its scale."""

@@ -45,6 +45,24 @@ class Fit:
         What the run found.
     device
         Where the parameters are.
+
+    Examples
+    --------
+    >>> import pyrosc
+    >>> data = pyrosc.from_anndata(pyrosc.datasets.simulate(60, 30, seed=1))
+    >>> vae = pyrosc.VAE.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, data, epochs=2, progress=False)
+    >>> pyrosc.latent(fit, data).shape
+    (60, 2)
+
+    Saved and read again, it answers with the same bits:
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit.save(f"{folder}/fit")
+    ...     again = pyrosc.load(f"{folder}/fit")
+    >>> bool((pyrosc.latent(again, data) == pyrosc.latent(fit, data)).all())
+    True
     """
 
     program: Any

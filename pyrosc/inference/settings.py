@@ -1,6 +1,7 @@
 """What a fit is asked for: settings checked, and what None stands for."""
 
 import math
+import sys
 from numbers import Real
 from typing import Any
 
@@ -125,7 +126,8 @@ def _check_settings(**settings: Any) -> None:
         raise ValueError(msg)
     for name in ("learning_rate", "kl_weight", "clip_norm"):
         value = settings[name]
-        if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+        most = math.inf if name == "clip_norm" else sys.float_info.max  # (of infinity: none are shortened)
+        if value is not None and not (isinstance(value, Real) and 0 < float(value) <= most):
             msg = f"{name} must be more than 0, not {settings[name]!r}"
             raise ValueError(msg)
     if settings["precision"] not in ("float32", "bfloat16"):

@@ -110,6 +110,17 @@ def fit_svi(
     FloatingPointError
         If the loss is no longer finite; the message names the site.
 
+    Examples
+    --------
+    >>> import pyrosc
+    >>> data = pyrosc.from_anndata(pyrosc.datasets.simulate(60, 30, seed=1))
+    >>> vae = pyrosc.VAE.for_data(data, n_latent=2, hidden=(8,))
+    >>> fit = pyrosc.fit_svi(vae, data, epochs=3, progress=False)
+    >>> list(fit.history)
+    ['train', 'validation', 'kl_z', 'kl_l', 'kl_weight', 'learning_rate', 'seconds']
+    >>> fit.settings["epochs"], fit.found.n_train, fit.found.replayed
+    (3, 54, 'the fit has few steps')
+
     Notes
     -----
     A part of a model whose parameters are all frozen (``requires_grad_(False)``) runs in evaluation mode.

@@ -423,13 +423,11 @@ def test_a_minibatch_of_other_counts_has_their_library(rich):
     assert torch.equal(cells.library, cells.x.sum(1, keepdim=True))
     assert torch.equal(replace(cells, x=2 * cells.x).library, 2 * cells.library)
     assert cells.in_batch(0).library.shape == (2, 1)
-    cells.x[0] = 1.0
-    assert torch.equal(cells.library, cells.x.sum(1, keepdim=True))
 
 
 def test_a_library_depends_on_counts_that_require_a_gradient(rich):
     cells = rich.on("cpu").cells(torch.tensor([5, 1]))
-    cells.x.requires_grad_()
+    cells = replace(cells, x=cells.x.clone().requires_grad_())
     (slope,) = torch.autograd.grad(cells.library.sum(), cells.x)
     assert torch.equal(slope, torch.ones_like(cells.x))
 

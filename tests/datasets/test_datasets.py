@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from scipy.sparse import csr_matrix, issparse
 
-from pyrosc import datasets
+from pyrosc.datasets import pbmc68k
 from pyrosc.datasets.pbmc68k import pbmc68k_reduced
 from pyrosc.datasets.simulate import simulate
 
@@ -416,10 +416,10 @@ def test_pbmc_values_that_are_not_of_counts_are_refused(wrong):
     totals = np.array([2000.0, 3000.0, 4000.0])
     x = np.array([[1.0, 0.0, 5.0], [2.0, 7.0, 0.0], [0.0, 3.0, 1.0]])
     logged = csr_matrix(np.round(np.log1p(1e4 * x / totals[:, None]), 3).astype(np.float32))
-    np.testing.assert_array_equal(datasets._whole_counts(logged, totals).toarray(), x)
+    np.testing.assert_array_equal(pbmc68k._whole_counts(logged, totals).toarray(), x)
     logged[1, 0] = logged[1, 1] = wrong
     with pytest.raises(RuntimeError, match=r"1 of 3 cells .* scanpy \d+\.\d+"):
-        datasets._whole_counts(logged, totals)
+        pbmc68k._whole_counts(logged, totals)
 
 
 def test_pbmc_counts_too_large_for_the_rounding_are_refused():
@@ -427,7 +427,7 @@ def test_pbmc_counts_too_large_for_the_rounding_are_refused():
     totals = np.array([20_000.0])
     logged = csr_matrix(np.round(np.log1p(1e4 * np.array([[6000.0]]) / totals[:, None]), 3))
     with pytest.raises(RuntimeError, match="1 of 1 cells"):
-        datasets._whole_counts(logged, totals)
+        pbmc68k._whole_counts(logged, totals)
 
 
 def test_pbmc_without_scanpy_says_what_to_install(monkeypatch):

@@ -48,9 +48,9 @@ def test_no_quota_on_other_systems(tmp_path):
 def test_cores_are_the_fewest_of_affinity_and_quota(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5, 7}, raising=False)
     for granted, expected in [(math.inf, 4), (8.0, 4), (2.5, 3), (0.1, 1)]:
-        monkeypatch.setattr(cores, "quota", lambda granted=granted: granted)
+        monkeypatch.setattr(cores, "_quota", lambda granted=granted: granted)
         assert n_cores() == expected
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(cores, "quota", lambda: math.inf)
+    monkeypatch.setattr(cores, "_quota", lambda: math.inf)
     assert n_cores() == 3

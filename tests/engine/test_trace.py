@@ -139,7 +139,7 @@ def test_nothing_is_imported_for_it():
     """Of torch's compiler, which takes a second and 140 MB."""
     code = """if True:
         import sys, torch
-        from pyrosc.tracing import traced
+        from pyrosc.engine.trace import traced
         before = set(sys.modules)
         traced(lambda x: x.exp() + torch.tensor(2.0), [torch.ones(3)])(torch.ones(3))
         assert not set(sys.modules) - before, sorted(set(sys.modules) - before)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -19,7 +21,9 @@ def test_the_observed_library_is_the_total(data):
 
 def test_an_empty_cell_has_a_library_of_one(data):
     cells = cells_of(data)
-    cells.x[2] = 0
+    x = cells.x.clone()
+    x[2] = 0
+    cells = replace(cells, x=x)
     assert ObservedLibrary()(cells).v[2] == 1
     q = LibraryEncoder(lambda cells: dist.Normal(torch.zeros(6, 1), torch.ones(6, 1)))(cells)
     assert q.base_dist.loc[2] == 0

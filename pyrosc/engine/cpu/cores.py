@@ -1,4 +1,4 @@
-"""How many cores this process may use: those of its affinity, less where a control group has a _quota."""
+"""How many cores this process may use: those of its affinity, less where a control group has a quota."""
 
 import math
 import os
@@ -39,12 +39,12 @@ def _quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/c
 
 
 def _quota_of(group: Path) -> float:
-    """Return the _quota that is set on a group itself."""
+    """Return the quota that is set on a group itself."""
     try:
         if (group / "cpu.max").exists():
             granted, period = (group / "cpu.max").read_text().split()
         else:
-            granted, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("_quota", "period"))
+            granted, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
     except OSError:
         return math.inf
     return math.inf if granted.strip() in ("max", "-1") else int(granted) / int(period)

@@ -64,12 +64,10 @@ def _softmax(logits: Any, bias: Any) -> float:
 
 @inlined
 @no_type_check
-def _gate_slopes(weight: float, s: Any, by_gate: Any, by_bias: Any) -> None:
-    """Fill in the slopes in the gate, times `weight`, and add them to those in its offset, if any."""
+def _slopes_of_gate(weight: float, s: Any, by_gate: Any) -> None:
+    """Fill in the slopes in the gate, times `weight`."""
     for j in range(by_gate.size):
         by_gate[j] = weight * s[D_GATE + j]
-    if by_bias is not None:
-        add(F(1), by_gate, by_bias)
 
 
 @inlined
@@ -133,8 +131,10 @@ def density_of_row(
         if d_theta is not None:
             add(weight, s[D_THETA:], d_theta[start:stop])
         if d_gate is not None:
-            by_bias = None if d_gate_bias is None else d_gate_bias[start:stop]
-            _gate_slopes(weight, s, d_gate[start:stop], by_bias)
+            by_gate = d_gate[start:stop]
+            _slopes_of_gate(weight, s, by_gate)
+            if d_gate_bias is not None:
+                add(F(1), by_gate, d_gate_bias[start:stop])
     scale, less = weight * size, F(average)
     for j in range(n_genes):
         logits[j] *= scale * (by_mean[j] - less)
