@@ -14,6 +14,7 @@ import torch
 # pyrosc is imported inside the fixtures: jaxtyping's hook must be in place first.
 THREADS = int(os.environ.get("PYROSC_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of the processes that pytest-xdist and tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when it is imported
 
