@@ -151,7 +151,7 @@ def differential_expression(
 
     Examples
     --------
-    Means of two types of cells, by their counts alone; seven of the 40 genes have another mean, four-fold:
+    Means of two types of cells, by their counts alone; eight of the 40 genes differ four-fold, one is rare:
 
     >>> import pyrosc
     >>> adata = pyrosc.datasets.simulate(300, 40, n_types=2, log2_fold_change=2.0, seed=0)
