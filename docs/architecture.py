@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "pyrosc"
 ENGINE, PYRO, COUNTS, AROUND = "#F3C779", "#A9D6F0", "#8FD0B9", "#DDDDDD"
 ROOMS = {
-    "engine": (ENGINE, "steps recorded, verified, replayed; loops over counts"),
+    "engine": (ENGINE, "steps verified and replayed; loops over counts"),
     "data": (PYRO, "AnnData to Counts to Cells, a minibatch"),
     "datasets": (PYRO, "simulated counts, 700 real cells"),
     "distributions": (PYRO, "Poisson, negative binomial, zero inflation"),
