@@ -94,6 +94,7 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
     with tqdm(total=settings["epochs"], desc="fit", unit="epoch", disable=not progress) as bar:
         while len(done.rows) < settings["epochs"]:
             losses, interrupted = _epoch(problem, step)
+            wrong = False
             if interrupted and not (losses or done.rows):
                 raise KeyboardInterrupt
             try:
@@ -107,9 +108,10 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
             except FloatingPointError:
                 if stretch is None or step.agrees(_rows_to_check(problem, step)):
                     raise
+                wrong = True
             over = interrupted or _is_over(done, step)
-            if stretch is not None and (over or step.taken - stretch.taken >= _CHECK_EVERY):
-                if not step.agrees(_rows_to_check(problem, step)):
+            if stretch is not None and (wrong or over or step.taken - stretch.taken >= _CHECK_EVERY):
+                if wrong or not step.agrees(_rows_to_check(problem, step)):
                     done, over = _gone_back(stretch, step), interrupted
                     if interrupted and not done.rows:
                         raise KeyboardInterrupt

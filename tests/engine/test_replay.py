@@ -479,9 +479,18 @@ class Late(Simple):
         return 2.0 if "LATE" in os.environ else 1.0
 
 
+@pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("late", [1, 2])
-def test_a_fit_goes_back_to_the_last_check_where_a_replay_is_wrong(late, data, monkeypatch, caplog):
+def test_a_fit_goes_back_to_the_last_check_where_a_replay_is_wrong(late, finite, data, monkeypatch, caplog):
     """Each epoch is checked; the program acts otherwise from the start of one of them on."""
+    original_row = loop._row
+
+    def row(losses, taken, problem):
+        if "LATE" in os.environ and taken.replayed is True and not finite:
+            raise FloatingPointError
+        return original_row(losses, taken, problem)
+
+    monkeypatch.setattr(loop, "_row", row)
     monkeypatch.setattr(loop, "_CHECK_EVERY", 4)
     monkeypatch.setattr(step, "_RECORD_FOR", 0)
     original, settings = loop._epoch, SETTINGS | {"validation": 0.0, "epochs": 6}
