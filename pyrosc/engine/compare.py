@@ -69,7 +69,9 @@ def _changes(outcome: Callable[[], _Results], state: Sequence[Tensor]) -> list[f
                 for tensor, value in zip(state, kept, strict=True):
                     tensor.copy_(value)
                     if value.dtype in (torch.float32, torch.float64):
-                        signs = torch.randint(0, 2, value.shape, generator=random).to(value) * 2 - 1
+                        signs = (
+                            torch.randint(0, 2, value.shape, generator=random, device="cpu").to(value) * 2 - 1
+                        )
                         tensor.mul_(1 + size * torch.finfo(value.dtype).eps * signs)
             runs.append(outcome())
     finally:

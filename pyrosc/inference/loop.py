@@ -106,12 +106,18 @@ def train(problem: Problem, settings: dict[str, Any], progress: bool) -> tuple[p
                     row = _row(losses, step, replace(problem, validation=None))
                     done.add(row | {"seconds": time.perf_counter() - start}, state, warm=False)
             except FloatingPointError:
-                if stretch is None or step.agrees(_rows_to_check(problem, step)):
+                if stretch is None or step.replayed is not True:
                     raise
-                wrong = True
+                wrong = True  # it is raised again, if steps that are run come to it
+                step.run_from_now_on("the loss was not finite")
             over = interrupted or _is_over(done, step)
             if stretch is not None and (wrong or over or step.taken - stretch.taken >= _CHECK_EVERY):
-                if wrong or not step.agrees(_rows_to_check(problem, step)):
+                try:
+                    wrong = wrong or not step.agrees(_rows_to_check(problem, step))
+                except KeyboardInterrupt:
+                    wrong = interrupted = True
+                    step.run_from_now_on("a check was interrupted")
+                if wrong:
                     done, over = _gone_back(stretch, step), interrupted
                     if interrupted and not done.rows:
                         raise KeyboardInterrupt

@@ -7,6 +7,7 @@ are; another program says so, by an attribute ``pure = True`` or ``fit_svi(..., 
 
 import functools
 import hashlib
+import logging
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer import ELBO
+from pyro.infer.autoguide import AutoCallable, AutoGuide
 from torch import Tensor, nn
 
 _MOST = 100_000
@@ -54,9 +56,18 @@ def _is_pure(program: Any) -> bool:
     if isinstance(owner, functools.partial):  # such as Pyro's handlers make of programs
         parts = [part for part in (owner.func, *owner.args) if callable(part)]
         return all(_is_pure(part) for part in parts if not part.__module__.startswith("pyro."))
+    if isinstance(owner, ELBO):
+        return type(owner).__module__.startswith("pyro.")
     if isinstance(owner, AutoGuide):
+        if any(
+            isinstance(part, AutoCallable) or getattr(part, "create_plates", None) for part in owner.modules()
+        ):
+            return False  # functions of a user's
         return type(owner).__module__.startswith("pyro.") and _is_pure(owner.model)
     if not (isinstance(owner, nn.Module) and type(owner).__module__.startswith("pyrosc.")):
+        return False
+    function = getattr(program, "__func__", None)
+    if function is not None and not (function.__module__ or "").startswith(_OURS):
         return False
     return all(map(_is_ours, owner.modules()))
 
@@ -143,6 +154,8 @@ def _value(thing: Any) -> Any:
     if isinstance(thing, ContextVar):
         return repr(thing.get(None))
     if isinstance(thing, IOBase):
+        if thing in (sys.stdout, sys.stderr):
+            return None
         return None if thing.closed or not thing.seekable() else thing.tell()
     if isinstance(thing, SimpleQueue):
         return thing.qsize()
@@ -168,6 +181,8 @@ def _digest(array: np.ndarray) -> str:
 
 def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yield what an object holds, and where."""
+    if isinstance(thing, logging.Logger | logging.Handler):  # which change with every word
+        return
     if isinstance(thing, MethodType):
         yield "", thing.__self__
         yield f".{thing.__name__}", thing.__func__

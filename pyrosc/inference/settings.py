@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from pyro.infer import ELBO
 
 from pyrosc.data.counts import Counts
 from pyrosc.data.schema import Schema
@@ -28,15 +29,15 @@ SETTINGS = (
 """Arguments of :func:`pyrosc.fit_svi` that a fit remembers."""
 
 
-def resolved(asked: dict[str, Any], model: Any, guide: Any, n_cells: int) -> dict[str, Any]:
+def resolved(asked: dict[str, Any], model: Any, guide: Any, elbo: ELBO, n_cells: int) -> dict[str, Any]:
     """Return the settings of a fit: as asked, as the model's attributes say, or the defaults.
 
     Parameters
     ----------
     asked
         Arguments of :func:`pyrosc.fit_svi`.
-    model, guide
-        The programs.
+    model, guide, elbo
+        The programs and the estimator.
     n_cells
         In the data.
 
@@ -60,7 +61,7 @@ def resolved(asked: dict[str, Any], model: Any, guide: Any, n_cells: int) -> dic
         "minibatch_size": minibatch_size,
         "kl_warmup": min(planned // 10 if warmup is None else warmup, planned // 2),
         "patience": max(5, epochs // 6) if patience is None else patience,
-        "replay": is_pure(model, guide) if asked["replay"] is None else bool(asked["replay"]),
+        "replay": is_pure(model, guide, elbo) if asked["replay"] is None else bool(asked["replay"]),
         "seed": int(asked["seed"]),
     }
 

@@ -118,17 +118,18 @@ class Step:
 
         def outcome(way: Callable[[Tensor], Tensor]) -> list[Tensor]:
             kept = [tensor.detach().clone() for tensor in self.trained]
-            with seeded(self.device, self.settings["seed"]):
-                result = [way(rows).clone(), *(tensor.detach().clone() for tensor in self.trained)]
-            restore(self.trained, kept)
-            return result
+            try:
+                with seeded(self.device, self.settings["seed"]):
+                    return [way(rows).clone(), *(tensor.detach().clone() for tensor in self.trained)]
+            finally:
+                restore(self.trained, kept)
 
         run, replayed = outcome(self._run), outcome(self.graph or self._replayed)
         same = agree(run, replayed, partial(outcome, self._run), self.trained)
         if (what := changed(before, self._fingerprint()) or changed(self._at_recording, before)) is not None:
-            self._run_from_now_on(f"a program changes {what} from step to step")
+            self.run_from_now_on(f"a program changes {what} from step to step")
         elif not same:
-            self._run_from_now_on("a replayed step differed from one that was run")
+            self.run_from_now_on("a replayed step differed from one that was run")
         return self.replayed is True
 
     def _run(self, rows: Tensor) -> Tensor:
@@ -137,7 +138,8 @@ class Step:
     def _replayed(self, rows: Tensor) -> Tensor:
         return self._step(rows, self.replay or self.gradients)
 
-    def _run_from_now_on(self, why: str) -> None:
+    def run_from_now_on(self, why: str) -> None:
+        """Replay no more; `why` is what the fit says."""
         self.replay = self.graph = None
         self.replayed, self._to_be_recorded = why, False
 

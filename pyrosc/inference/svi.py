@@ -150,7 +150,7 @@ def fit_svi(
     if not data.n_cells:
         msg = "no cells: the selection is empty"
         raise ValueError(msg)
-    settings = resolved(asked, model, guide, data.n_cells)
+    settings = resolved(asked, model, guide, elbo_of(model, elbo), data.n_cells)
     check_made_for(model, data)
     on = device_of(device)
     program, separate_guide = copied(model, guide)

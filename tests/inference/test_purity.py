@@ -1,7 +1,9 @@
 """What a program promises, and what of its state is seen to change."""
 
 import itertools
+import logging
 import random
+import types
 from collections import deque, namedtuple
 from functools import partial
 
@@ -9,6 +11,7 @@ import numpy as np
 import pairs
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
@@ -48,6 +51,28 @@ def test_an_autoguide_is_as_pure_as_its_model(data):
     assert not is_pure(model, AutoNormal(model))
     model.pure = True
     assert is_pure(model, AutoNormal(model))
+
+
+def test_an_estimator_or_plates_of_a_users_are_not_pure(data):
+    vae, model = VAE.for_data(data), pairs.global_model(data.n_genes)
+    assert is_pure(vae, None, Trace_ELBO())
+    assert not is_pure(vae, None, type("Annealed", (Trace_ELBO,), {})())
+    model.pure = True
+    assert not is_pure(model, AutoNormal(model, create_plates=lambda cells: []))
+
+
+def test_a_function_bound_to_a_model_of_ours_is_not_pure(data):
+    vae = VAE.for_data(data)
+    assert is_pure(vae.model, vae.guide)
+    assert not is_pure(types.MethodType(lambda self, cells: None, vae), None)
+
+
+def test_a_programs_words_in_the_log_are_no_change(caplog):
+    log = logging.getLogger("of a user")
+    program = lambda cells: log.warning("a step")
+    before = fingerprint([program], [])
+    program(None)
+    assert changed(before, fingerprint([program], [])) is None
 
 
 def test_what_is_hung_on_a_model_of_ours_makes_it_impure(data):
