@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,11 @@ class Found:
 def versions() -> dict[str, str]:
     """Return the versions that a fit's last digits depend on."""
     names = ("pyrosc", "torch", "pyro-ppl", "numpy", "anndata")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    return {name: _version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # found on the path, and not installed
+        return "not installed"
